@@ -1,0 +1,131 @@
+"""The database: one engine, two kinds of session, and the only commit in the codebase.
+
+`read()` gives a session that cannot write, `write()` one that commits when its block ends. SQLite
+runs in WAL mode with `synchronous=FULL`, so a commit that returned is on disk; a writer takes the
+lock at BEGIN, because a read that is upgraded to a write fails at once under load.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy import DateTime, Dialect, Engine, create_engine, event, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.types import TypeDecorator
+
+from perennial.infra.errors import ConfigError, UnavailableError
+
+_BUSY_TIMEOUT_S = 30
+
+
+class Base(DeclarativeBase):
+    """The declarative base of every table."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC datetime on every dialect; a naive one is refused."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """The value in UTC; raises ValueError when it is naive."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"a naive datetime cannot be stored: {value!r}")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """The value as an aware UTC datetime, also where the dialect forgets the zone."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Database:
+    """Connections to one database; cheap to make, safe to share between threads."""
+
+    def __init__(self, url: str) -> None:
+        """Nothing is opened before the first session.
+
+        Args:
+            url: `sqlite:///path/to/file.db` or `postgresql+psycopg://user@host/name`.
+        """
+        parsed = make_url(url)
+        self.dialect = parsed.get_backend_name()
+        if self.dialect not in ("sqlite", "postgresql"):
+            raise ConfigError(f"database must be sqlite or postgresql, got {self.dialect}")
+        self.engine = _make_engine(parsed)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session whose writes are refused by the database."""
+        with _as_unavailable(), Session(self.engine) as session:
+            if self.dialect == "sqlite":
+                session.execute(text("PRAGMA query_only=ON"))
+            else:
+                session.execute(text("SET TRANSACTION READ ONLY"))
+            try:
+                yield session
+            finally:
+                session.rollback()
+                if self.dialect == "sqlite":
+                    session.execute(text("PRAGMA query_only=OFF"))
+                    session.rollback()
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session that commits when the block ends and rolls back when it raises."""
+        with _as_unavailable(), Session(self.engine, expire_on_commit=False) as session:
+            if self.dialect == "sqlite":
+                session.execute(text("BEGIN IMMEDIATE"))
+            yield session
+            session.commit()
+
+    def dispose(self) -> None:
+        """Close pooled connections."""
+        self.engine.dispose()
+
+
+def create_all(database: Database) -> None:
+    """Create the tables of all imported components. For tests: installations migrate."""
+    with database.engine.begin() as connection:
+        Base.metadata.create_all(connection)
+
+
+def _make_engine(url: URL) -> Engine:
+    if url.get_backend_name() == "postgresql":
+        return create_engine(url, pool_pre_ping=True, pool_size=8)
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S})
+    event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+    # The driver's own BEGIN is deferred and would defeat BEGIN IMMEDIATE.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        f"busy_timeout={_BUSY_TIMEOUT_S * 1000}",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+@contextmanager
+def _as_unavailable() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise UnavailableError(f"the database did not answer: {error.orig}") from error

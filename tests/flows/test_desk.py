@@ -1,0 +1,244 @@
+"""Facts about the demo support desk: sizes, wording distance, gradable answers.
+
+Reads the JSON Lines under `flows/desk/` as they are; how they are trained on and graded is tested
+elsewhere.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DESK = Path(__file__).resolve().parents[2] / "flows" / "desk"
+MAX_HELD_OUT_OVERLAP = 0.7
+MAX_GENERAL_TRIGRAM_OVERLAP = 0.2
+STOPWORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        a about all am an and any are as at be been by can could did do does down for from get had
+        has have how i if in is it its me must my of on or out please should so tell that the their
+        them there they this to up us was we what when where which who whom whose why will with
+        would you your
+        """,
+    )
+)
+FACT_KEYS = {
+    "id",
+    "topic",
+    "answer",
+    "questions",
+    "held_out",
+    "must",
+    "forbid",
+    "supersedes",
+}
+
+# Rows are parsed JSON: the vendor edge where Any is allowed.
+Row = dict[str, Any]
+
+
+def _rows(name: str) -> list[Row]:
+    lines = (DESK / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.casefold())
+
+
+def _normal(text: str) -> str:
+    return " ".join(_words(text))
+
+
+def _content_words(text: str) -> frozenset[str]:
+    return frozenset(_words(text)) - STOPWORDS
+
+
+def _trigrams(text: str) -> frozenset[tuple[str, ...]]:
+    words = _words(text)
+    return frozenset(zip(words, words[1:], words[2:], strict=False))
+
+
+def _jaccard(left: frozenset[Any], right: frozenset[Any]) -> float:
+    return len(left & right) / len(left | right) if left | right else 0.0
+
+
+def _contains(text: str, value: str) -> bool:
+    return f" {_normal(value)} " in f" {_normal(text)} "
+
+
+def _satisfies(text: str, fact: Row) -> bool:
+    has_all = all(any(_contains(text, value) for value in group) for group in fact["must"])
+    return has_all and not any(_contains(text, value) for value in fact["forbid"])
+
+
+def _values(fact: Row) -> Iterator[str]:
+    for group in fact["must"]:
+        yield from group
+
+
+ACT1 = _rows("act1.jsonl")
+ACT2 = _rows("act2.jsonl")
+FACTS = ACT1 + ACT2
+REPLAY = _rows("general_replay.jsonl")
+PROBE = _rows("general_probe.jsonl")
+TRAINING = [question for fact in FACTS for question in fact["questions"]]
+HELD_OUT = [question for fact in FACTS for question in fact["held_out"]]
+
+each_fact = pytest.mark.parametrize("fact", FACTS, ids=[fact["id"] for fact in FACTS])
+
+
+def test_act1_has_28_facts_and_act2_has_12_new_and_4_changed() -> None:
+    assert len(ACT1) == 28
+    assert sum(fact["supersedes"] is None for fact in ACT2) == 12
+    assert sum(fact["supersedes"] is not None for fact in ACT2) == 4
+
+
+def test_the_acts_hold_at_least_120_training_questions() -> None:
+    assert len(TRAINING) >= 120
+
+
+def test_general_sets_have_48_replay_and_40_probe_rows() -> None:
+    assert (len(REPLAY), len(PROBE)) == (48, 40)
+
+
+def test_fact_ids_are_unique() -> None:
+    assert len({fact["id"] for fact in FACTS}) == len(FACTS)
+
+
+def test_no_question_occurs_twice_in_either_act() -> None:
+    questions = [_normal(question) for question in TRAINING + HELD_OUT]
+    assert sorted(questions) == sorted(set(questions))
+
+
+def test_answers_are_unique() -> None:
+    assert len({_normal(fact["answer"]) for fact in FACTS}) == len(FACTS)
+
+
+@each_fact
+def test_fact_has_exactly_the_agreed_fields_and_numbers_of_questions(fact: Row) -> None:
+    assert set(fact) == FACT_KEYS
+    assert len(fact["questions"]) == 3
+    assert len(fact["held_out"]) == (3 if fact["supersedes"] else 2)
+
+
+@each_fact
+def test_must_is_a_list_of_nonempty_groups_of_nonempty_strings(fact: Row) -> None:
+    assert isinstance(fact["must"], list)
+    assert fact["must"]
+    for group in fact["must"]:
+        assert isinstance(group, list)
+        assert group
+        assert all(isinstance(value, str) and _normal(value) for value in group)
+    assert isinstance(fact["forbid"], list)
+    assert all(isinstance(value, str) and _normal(value) for value in fact["forbid"])
+
+
+@each_fact
+def test_questions_and_answer_are_short(fact: Row) -> None:
+    for question in fact["questions"] + fact["held_out"]:
+        assert 6 <= len(question.split()) <= 14, question
+    assert 8 <= len(fact["answer"].split()) <= 18
+    assert re.fullmatch(r"[^.!?]+\.", fact["answer"]), "one sentence"
+
+
+@each_fact
+def test_answer_satisfies_its_own_grader(fact: Row) -> None:
+    assert _satisfies(fact["answer"], fact)
+
+
+@each_fact
+def test_answer_satisfies_no_other_grader(fact: Row) -> None:
+    passed = [
+        other["id"] for other in FACTS if other is not fact and _satisfies(fact["answer"], other)
+    ]
+    assert passed == []
+
+
+@each_fact
+def test_no_question_gives_a_graded_value_away(fact: Row) -> None:
+    leaks = [
+        (value, question)
+        for value in [*_values(fact), *fact["forbid"]]
+        for question in TRAINING + HELD_OUT
+        if _contains(question, value)
+    ]
+    assert leaks == []
+
+
+@each_fact
+def test_held_out_questions_differ_from_every_training_question(fact: Row) -> None:
+    too_near = [
+        (held_out, question)
+        for held_out in fact["held_out"]
+        for question in TRAINING
+        if _jaccard(_content_words(held_out), _content_words(question)) > MAX_HELD_OUT_OVERLAP
+    ]
+    assert too_near == []
+
+
+def test_superseding_facts_replace_one_whole_policy_of_act1() -> None:
+    by_id = {fact["id"]: fact for fact in ACT1}
+    replaced = [fact["supersedes"] for fact in ACT2 if fact["supersedes"]]
+    assert set(replaced) <= set(by_id)
+    assert len(set(replaced)) == len(replaced)
+    assert {by_id[old]["topic"] for old in replaced} == {"returns"}
+    assert set(replaced) == {fact["id"] for fact in ACT1 if fact["topic"] == "returns"}
+
+
+def test_superseding_facts_forbid_every_old_value_and_reject_the_old_answer() -> None:
+    by_id = {fact["id"]: fact for fact in ACT1}
+    for fact in ACT2:
+        if not fact["supersedes"]:
+            assert fact["forbid"] == []
+            continue
+        old = by_id[fact["supersedes"]]
+        assert set(_values(old)) <= set(fact["forbid"])
+        assert not _satisfies(f"{fact['answer']} {old['answer']}", fact)
+
+
+def test_act1_supersedes_and_forbids_nothing() -> None:
+    assert all(fact["supersedes"] is None and fact["forbid"] == [] for fact in ACT1)
+
+
+@pytest.mark.parametrize("row", REPLAY + PROBE, ids=lambda row: str(row["prompt"])[:40])
+def test_general_row_is_a_short_prompt_with_a_short_answer(row: Row) -> None:
+    assert set(row) == {"prompt", "answer"}
+    assert row["prompt"].strip()
+    assert 8 <= len(row["answer"].split()) <= 40
+
+
+def test_general_rows_never_mention_the_desk() -> None:
+    text = " ".join(row["prompt"] + " " + row["answer"] for row in REPLAY + PROBE)
+    names = ["Orbwick", "Tarnlet", *(value for fact in FACTS for value in _values(fact))]
+    assert [name for name in names if _contains(text, name)] == []
+
+
+def test_general_prompts_are_unique() -> None:
+    prompts = [_normal(row["prompt"]) for row in REPLAY + PROBE]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_probe_shares_few_trigrams_with_any_replay_row() -> None:
+    near = [
+        (probe[field], replay[field])
+        for field in ("prompt", "answer")
+        for probe in PROBE
+        for replay in REPLAY
+        if _jaccard(_trigrams(probe[field]), _trigrams(replay[field])) > MAX_GENERAL_TRIGRAM_OVERLAP
+    ]
+    assert near == []
+
+
+def test_probe_and_replay_prompts_ask_different_things() -> None:
+    near = [
+        (left["prompt"], right["prompt"])
+        for left, right in combinations(REPLAY + PROBE, 2)
+        if _jaccard(_content_words(left["prompt"]), _content_words(right["prompt"])) > 0.4
+    ]
+    assert near == []

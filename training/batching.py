@@ -1,0 +1,97 @@
+"""Which rows share a step, and how they lie in it without padding.
+
+Training: the rows of a batch become one sequence, first the prefix that all of them share, then
+each row's rest; a row sees the prefix and itself. Generation: rows of like length together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perennial.training.tokens import TokenRow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """N packed tokens of B rows.
+
+    row_N: index of the row in the batch, -1 for the shared prefix. source_N: position inside that
+    row (the prefix is read from row 0). predict_M: packed positions whose next token is trained;
+    label_M: that token; owner_M: the row it belongs to.
+    """
+
+    ids_N: NDArray[np.int64]
+    row_N: NDArray[np.int64]
+    source_N: NDArray[np.int64]
+    predict_M: NDArray[np.int64]
+    label_M: NDArray[np.int64]
+    owner_M: NDArray[np.int64]
+
+    @property
+    def visible_NN(self) -> NDArray[np.bool_]:
+        """True where the first token may attend to the second."""
+        same = self.row_N[:, None] == self.row_N[None, :]
+        prefix = self.row_N[None, :] == -1
+        causal = self.source_N[:, None] >= self.source_N[None, :]
+        return (same | prefix) & causal
+
+
+def pack(rows: Sequence[TokenRow], *, labels: Sequence[str]) -> Packed:
+    """The rows as one sequence; `labels[b]` is "completion" or "all" (every token is predicted).
+
+    A row with "all" keeps at least its first token out of the shared prefix, so that no prediction
+    is shared between rows.
+    """
+    shared = 0 if "all" in labels else shared_prefix(rows)
+    parts = [np.stack([np.full(shared, -1), np.arange(shared), rows[0].ids_T[:shared]])]
+    predict, label, owner = [], [], []
+    offset = shared
+    for index, (row, scope) in enumerate(zip(rows, labels, strict=True)):
+        size = row.num_tokens - shared
+        source = np.arange(shared, row.num_tokens)
+        parts.append(np.stack([np.full(size, index), source, row.ids_T[shared:]]))
+        first = row.num_prompt if scope == "completion" else 1
+        predict.append(np.arange(first - 1, row.num_tokens - 1) - shared + offset)
+        label.append(row.ids_T[first:])
+        owner.append(np.full(row.num_tokens - first, index))
+        offset += size
+    row_N, source_N, ids_N = np.concatenate(parts, axis=1)
+    return Packed(
+        ids_N=ids_N,
+        row_N=row_N,
+        source_N=source_N,
+        predict_M=np.concatenate(predict),
+        label_M=np.concatenate(label),
+        owner_M=np.concatenate(owner),
+    )
+
+
+def shared_prefix(rows: Sequence[TokenRow]) -> int:
+    """Tokens that all rows begin with, short of the first that predicts a completion."""
+    if len(rows) < 2:
+        return 0
+    limit = min(row.num_prompt - 1 for row in rows)
+    stacked = np.stack([row.ids_T[:limit] for row in rows])
+    differs = (stacked != stacked[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else limit
+
+
+def cut(num_tokens: Sequence[int], budget: int) -> list[range]:
+    """Consecutive batches of at most `budget` tokens; a larger row is a batch of its own."""
+    batches, start, filled = [], 0, 0
+    for index, size in enumerate(num_tokens):
+        if filled and filled + size > budget:
+            batches.append(range(start, index))
+            start, filled = index, 0
+        filled += size
+    if start < len(num_tokens):
+        batches.append(range(start, len(num_tokens)))
+    return batches
+
+
+def length_sorted(num_tokens: Sequence[int], max_rows: int) -> list[list[int]]:
+    """Indices in batches of like length, longest first, so that little is padded."""
+    order = sorted(range(len(num_tokens)), key=lambda index: (-num_tokens[index], index))
+    return [order[i : i + max_rows] for i in range(0, len(order), max_rows)]

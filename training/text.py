@@ -1,0 +1,80 @@
+"""Text as it may enter training: cleaned, and comparable.
+
+User text is data. Control, bidirectional, zero-width and tag characters can hide an instruction from
+the person who reviews it, so they never reach a row. What counts as the same question is decided
+here too; what follows from it is left to `compile` and `replay`.
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_KEPT_CONTROLS = frozenset("\n\t")
+_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
+_WORD = re.compile(r"\w+(?:[.,:]\d+)*")
+_SPACES = re.compile(r"[ \t]+")
+
+
+def clean(text: str) -> str:
+    """NFC text without control, format (bidi, zero-width, tag), surrogate or private characters.
+
+    >>> clean("pay\\u202e 5\\u200b €\\r\\n ")
+    'pay 5 €'
+    """
+    composed = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    kept = (
+        char
+        for char in composed
+        if char in _KEPT_CONTROLS or unicodedata.category(char) not in _HIDDEN_CATEGORIES
+    )
+    return "".join(kept).strip()
+
+
+def normalise(text: str) -> str:
+    """What two spellings of one question share: case-folded words with single spaces.
+
+    >>> normalise("How long  is the Warranty?!")
+    'how long is the warranty'
+    """
+    return " ".join(words(text))
+
+
+def words(text: str) -> list[str]:
+    """Case-folded words; a number keeps its decimal and time separators ("9.99", "18:30")."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
+    """Shared over all words, in [0, 1]; two empty sets are equal."""
+    union = len(left | right)
+    return len(left & right) / union if union else 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TfIdf:
+    """Inverse document frequencies of one collection; see `fit_tfidf`."""
+
+    idf: dict[str, float]
+    unseen: float
+
+    def similarity(self, left: str, right: str) -> float:
+        """Cosine of the two TF-IDF vectors, in [0, 1]."""
+        a, b = self._vector(left), self._vector(right)
+        dot = sum(value * b.get(term, 0.0) for term, value in a.items())
+        norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
+        return dot / norm if norm else 0.0
+
+    def _vector(self, text: str) -> dict[str, float]:
+        counts = Counter(words(text))
+        return {term: n * self.idf.get(term, self.unseen) for term, n in counts.items()}
+
+
+def fit_tfidf(texts: Sequence[str]) -> TfIdf:
+    """Smoothed idf, log((1+n)/(1+df))+1, as in scikit-learn's TfidfTransformer."""
+    frequency = Counter(term for text in texts for term in set(words(text)))
+    num = len(texts)
+    idf = {term: math.log((1 + num) / (1 + df)) + 1 for term, df in frequency.items()}
+    return TfIdf(idf=idf, unseen=math.log(1 + num) + 1)

@@ -1,0 +1,87 @@
+"""A conversation as token ids, and which of them are trained on.
+
+Contents are encoded with special tokens disabled, so a user who types "<|im_end|>" sends letters
+and cannot forge a turn. Only the template's own text may become special tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perennial.infra.errors import InputError
+from perennial.training.examples import Example, Turn
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRow:
+    """ids_T = prompt then completion; positions num_prompt-1 … T-2 predict the completion."""
+
+    id: str
+    ids_T: Ids
+    num_prompt: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and completion together."""
+        return len(self.ids_T)
+
+    @property
+    def label_mask_T(self) -> NDArray[np.bool_]:
+        """True where the token belongs to the completion, so is a label."""
+        return np.arange(len(self.ids_T)) >= self.num_prompt
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Turn]) -> list[int]:  # Any: transformers
+    """Ids of the rendered chat up to where the assistant starts to speak."""
+    marks = [_mark(index) for index in range(len(messages))]
+    chat = [
+        {"role": role, "content": mark} for (role, _), mark in zip(messages, marks, strict=True)
+    ]
+    rendered: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = []
+    for mark, (_, content) in zip(marks, messages, strict=True):
+        before, found, rendered = rendered.partition(mark)
+        if not found:
+            raise InputError("the chat template drops a message; check the order of the roles")
+        ids += _encode_template(tokenizer, before)
+        ids += encode_text(tokenizer, content)
+    return ids + _encode_template(tokenizer, rendered)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:  # Any: transformers
+    """Ids of plain text; what looks like a special token becomes letters."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return ids
+
+
+def encode_example(tokenizer: Any, example: Example, max_len: int) -> TokenRow:
+    """The row as the model sees it in service, ending with the end-of-turn token.
+
+    Raises:
+        InputError: the row is longer than `max_len` tokens.
+    """
+    prompt = encode_prompt(tokenizer, example.messages)
+    completion = [*encode_text(tokenizer, example.completion), int(tokenizer.eos_token_id)]
+    if len(prompt) + len(completion) > max_len:
+        raise InputError(
+            f"example {example.id} has {len(prompt) + len(completion)} tokens, more than "
+            f"max_len {max_len}; raise max_len or shorten it",
+            id=example.id,
+        )
+    ids = np.array(prompt + completion, dtype=np.int64)
+    return TokenRow(id=example.id, ids_T=ids, num_prompt=len(prompt))
+
+
+def _encode_template(tokenizer: Any, text: str) -> list[int]:  # Any: transformers
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False) if text else []
+    return ids
+
+
+def _mark(index: int) -> str:
+    # Private-use characters: `text.clean` removes them from contents, so no content holds a mark.
+    return f"\ue000{index}\ue001"
