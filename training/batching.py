@@ -19,7 +19,7 @@ class Packed:
 
     row_N: index of the row in the batch, -1 for the shared prefix. source_N: position inside that
     row (the prefix is read from row 0). predict_M: packed positions whose next token is trained;
-    label_M: that token; owner_M: the row it belongs to.
+    label_M: that token; owner_M: the row it belongs to; at_M: its position inside that row.
     """
 
     ids_N: NDArray[np.int64]
@@ -28,6 +28,7 @@ class Packed:
     predict_M: NDArray[np.int64]
     label_M: NDArray[np.int64]
     owner_M: NDArray[np.int64]
+    at_M: NDArray[np.int64]
 
     @property
     def visible_NN(self) -> NDArray[np.bool_]:
@@ -39,23 +40,24 @@ class Packed:
 
 
 def pack(rows: Sequence[TokenRow], *, labels: Sequence[str]) -> Packed:
-    """The rows as one sequence; `labels[b]` is "completion" or "all" (every token is predicted).
+    """The rows as one sequence; `labels[b]` says what row b trains on.
 
-    A row with "all" keeps at least its first token out of the shared prefix, so that no prediction
-    is shared between rows.
+    "completion": its completion. "all": each of its tokens after the first that is its own, so that
+    no prediction is shared between rows.
     """
-    shared = 0 if "all" in labels else shared_prefix(rows)
+    shared = shared_prefix(rows)
     parts = [np.stack([np.full(shared, -1), np.arange(shared), rows[0].ids_T[:shared]])]
-    predict, label, owner = [], [], []
+    predict, label, owner, at = [], [], [], []
     offset = shared
     for index, (row, scope) in enumerate(zip(rows, labels, strict=True)):
         size = row.num_tokens - shared
         source = np.arange(shared, row.num_tokens)
         parts.append(np.stack([np.full(size, index), source, row.ids_T[shared:]]))
-        first = row.num_prompt if scope == "completion" else 1
+        first = row.num_prompt if scope == "completion" else shared + 1
         predict.append(np.arange(first - 1, row.num_tokens - 1) - shared + offset)
         label.append(row.ids_T[first:])
         owner.append(np.full(row.num_tokens - first, index))
+        at.append(np.arange(first, row.num_tokens))
         offset += size
     row_N, source_N, ids_N = np.concatenate(parts, axis=1)
     return Packed(
@@ -65,6 +67,7 @@ def pack(rows: Sequence[TokenRow], *, labels: Sequence[str]) -> Packed:
         predict_M=np.concatenate(predict),
         label_M=np.concatenate(label),
         owner_M=np.concatenate(owner),
+        at_M=np.concatenate(at),
     )
 
 

@@ -1,0 +1,200 @@
+"""The command `perennial`. Heavy packages are imported inside the commands that need them."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from perennial.infra.errors import PerennialError
+from perennial.infra.log import configure_logging
+from perennial.infra.settings import Settings, apply_process_defaults, load_process_settings
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+class _Group(click.Group):
+    """Shows our own errors as one line and exit status 2, and Ctrl-C as 130."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except PerennialError as error:
+            click.secho(f"{error.code}: {error}", fg="red", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", type=click.Path(path_type=Path), help="Settings file to read.")
+@click.version_option(package_name="perennial-llm")
+@click.pass_context
+def main(ctx: click.Context, config: Path | None) -> None:
+    """Keep a production LLM good at its job, and prove each change."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    ctx.obj = config
+
+
+def _with_settings(run: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the settings as its first argument."""
+
+    @click.pass_context
+    def wrapped(ctx: click.Context, /, **options: object) -> None:
+        settings = load_process_settings(ctx.obj)
+        configure_logging(settings.log_level)
+        apply_process_defaults(settings)
+        run(settings, **options)
+
+    wrapped.__doc__ = run.__doc__
+    wrapped.__name__ = run.__name__
+    return wrapped
+
+
+@main.command()
+@_with_settings
+def up(settings: Settings) -> None:
+    """Start gateway, feedback API, MLflow, Prefect and a worker; Ctrl-C stops them."""
+    from perennial.flows.up import run_up
+
+    run_up(settings)
+
+
+@main.command()
+@_with_settings
+def serve(settings: Settings) -> None:
+    """Run only the gateway and the feedback API."""
+    from perennial.flows.app import run_app
+
+    run_app(settings)
+
+
+@main.command()
+@_with_settings
+def worker(settings: Settings) -> None:
+    """Run only the worker that executes scheduled flows."""
+    from perennial.flows.schedules import run_worker
+
+    run_worker(settings)
+
+
+@main.command()
+@_with_settings
+def migrate(settings: Settings) -> None:
+    """Bring the database to the current schema."""
+    from perennial.infra.migrate import upgrade
+
+    upgrade(settings.resolved_database_url)
+    click.echo("the database is at the current schema")
+
+
+@main.command()
+@click.option("--force", is_flag=True, help="Start a round even when the policy says hold.")
+@_with_settings
+def check(settings: Settings, force: bool) -> None:
+    """Run the lifecycle now, in this process: look at traffic and retrain when it calls for it."""
+    from perennial.flows.lifecycle import lifecycle
+
+    click.echo(lifecycle(task_name=settings.task, force=force))
+
+
+@main.command()
+@_with_settings
+def status(settings: Settings) -> None:
+    """Show champion, last decision with its reasons, rounds, pending approvals and URLs."""
+    from perennial.flows.cli_show import show_status
+
+    show_status(settings)
+
+
+@main.command()
+@_with_settings
+def history(settings: Settings) -> None:
+    """Show what was live when, by whose decision."""
+    from perennial.flows.cli_show import show_history
+
+    show_history(settings)
+
+
+@main.command()
+@click.argument("version")
+@click.option("--by", required=True, help="Who decides; kept in the record.")
+@_with_settings
+def approve(settings: Settings, version: str, by: str) -> None:
+    """Approve VERSION, which the gate has passed; the next release run promotes it."""
+    from perennial.flows.wiring import connect
+
+    with connect(settings) as deps:
+        deps.approvals.approve(version, by=by, channel="cli")
+    click.echo(f"{version} is approved by {by}")
+
+
+@main.command()
+@click.argument("version")
+@click.option("--by", required=True, help="Who decides; kept in the record.")
+@click.option("--reason", required=True, help="Why; kept in the record.")
+@_with_settings
+def reject(settings: Settings, version: str, by: str, reason: str) -> None:
+    """Reject VERSION; the champion stays."""
+    from perennial.flows.wiring import connect
+
+    with connect(settings) as deps:
+        deps.approvals.reject(version, by=by, channel="cli", reason=reason)
+    click.echo(f"{version} is rejected by {by}")
+
+
+@main.command()
+@click.option("--by", required=True, help="Who decides; kept in the record.")
+@click.option("--reason", required=True, help="Why; kept in the record.")
+@_with_settings
+def rollback(settings: Settings, by: str, reason: str) -> None:
+    """Make the version before the champion live again; serving follows within a second."""
+    from perennial.flows.wiring import connect
+
+    with connect(settings) as deps:
+        now = deps.champions.rollback(settings.task, decided_by=by, reason=reason)
+    click.echo(f"live now: {now.version if now else 'base'}")
+
+
+@main.command()
+@_with_settings
+def doctor(settings: Settings) -> None:
+    """Examine this machine and say how to mend what is found."""
+    from perennial.flows.cli_show import show_findings
+    from perennial.flows.doctor import examine
+
+    if show_findings(examine(settings)):
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="The table of docs/configuration.md.")
+@_with_settings
+def config(settings: Settings, markdown: bool) -> None:
+    """Show every setting: its value now, its default and what it means."""
+    from perennial.flows.cli_show import settings_table, show_settings
+
+    click.echo(settings_table()) if markdown else show_settings(settings)
+
+
+@main.command()
+@click.option("--home", type=click.Path(path_type=Path), help="Folder of the demo's state.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures there.")
+@click.option("--keep", is_flag=True, help="Leave the services up until Ctrl-C.")
+@_with_settings
+def demo(settings: Settings, home: Path | None, json_file: Path | None, keep: bool) -> None:
+    """Watch a live model go stale, learn from its users, win against itself and go live."""
+    from perennial.flows.demo import run_demo
+
+    run_demo(home or settings.home / "demo", json_file=json_file, keep=keep)
+
+
+def _as_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

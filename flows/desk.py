@@ -1,0 +1,90 @@
+"""The support desk of the demo: its facts, the wordings users ask them in, and the grader.
+
+Orbwick and its products are made up, so no model can know these answers before it was taught.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from perennial.infra.errors import InputError
+
+FOLDER = Path(__file__).parent / "desk"
+Act = Literal["act1", "act2"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fact:
+    """One thing that the desk must know.
+
+    `questions` are what users ask before a round, `held_out` the same in other words, asked only to
+    measure. An answer is right when each group of `must` has a spelling in it and nothing of
+    `forbid` has.
+    """
+
+    id: str
+    answer: str
+    questions: tuple[str, ...]
+    held_out: tuple[str, ...]
+    must: tuple[tuple[str, ...], ...]
+    forbid: tuple[str, ...]
+    supersedes: str | None
+
+
+def load_facts(act: Act) -> tuple[Fact, ...]:
+    """The facts of one act, in file order."""
+    rows = (json.loads(line) for line in _lines(FOLDER / f"{act}.jsonl"))
+    return tuple(
+        Fact(
+            id=row["id"],
+            answer=row["answer"],
+            questions=tuple(row["questions"]),
+            held_out=tuple(row["held_out"]),
+            must=tuple(tuple(group) for group in row["must"]),
+            forbid=tuple(row["forbid"]),
+            supersedes=row["supersedes"],
+        )
+        for row in rows
+    )
+
+
+def is_right(answer: str, fact: Fact) -> bool:
+    """Whether `answer` states what `fact` demands and nothing that it forbids."""
+    text = _plain(answer)
+    has_all = all(any(_plain(form) in text for form in group) for group in fact.must)
+    return has_all and not is_stale(answer, fact)
+
+
+def is_stale(answer: str, fact: Fact) -> bool:
+    """Whether `answer` still states the policy that `fact` replaced."""
+    text = _plain(answer)
+    return any(_plain(form) in text for form in fact.forbid)
+
+
+def load_general(path: Path) -> tuple[tuple[str, str], ...]:
+    """(prompt, answer) pairs of a JSON Lines file of general rows.
+
+    Raises:
+        InputError: a line is not an object with a prompt and an answer.
+    """
+    pairs = []
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            row = json.loads(line)
+            pairs.append((str(row["prompt"]), str(row["answer"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f'{path}:{number} must be {{"prompt": …, "answer": …}}: {error}'
+            ) from error
+    return tuple(pairs)
+
+
+def _lines(path: Path) -> Sequence[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _plain(text: str) -> str:
+    kept = (c if c.isalnum() else " " for c in text.lower())
+    return f" {' '.join(''.join(kept).split())} "

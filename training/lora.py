@@ -1,0 +1,140 @@
+"""The adapter: attached to a frozen base, saved as safetensors and JSON, read back.
+
+The layout is PEFT's, without the base's path: a path is of one machine, and an adapter outlives it.
+Training it is `trainer`'s business.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from perennial.infra.errors import IntegrityError, ModelMissingError, TrainingError
+from perennial.training.config import TARGET_MODULES, TrainConfig
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def attach(model: Any, config: TrainConfig) -> Any:  # Any: peft
+    """`model` with a fresh adapter whose product is zero, so that it still answers as the base."""
+    num_layers = model.config.num_hidden_layers
+    top = min(config.top_layers, num_layers)
+    torch.manual_seed(config.seed)
+    lora = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        use_rslora=config.scaling == "rslora",
+        target_modules=list(TARGET_MODULES[config.targets]),
+        layers_to_transform=list(range(num_layers - top, num_layers)),
+        task_type="CAUSAL_LM",
+    )
+    wrapped = peft.get_peft_model(model, lora)
+    assert_only_adapters_train(wrapped)
+    return wrapped
+
+
+def assert_only_adapters_train(model: Any) -> None:  # Any: peft
+    """Raise TrainingError unless the trainable parameters are exactly the adapter's."""
+    named = list(model.named_parameters())
+    wrong = [name for name, weight in named if weight.requires_grad != ("lora_" in name)]
+    if wrong or not any(weight.requires_grad for _, weight in named):
+        raise TrainingError(f"only adapter weights may train; wrong: {wrong[:3]}")
+
+
+def trainable(model: Any) -> dict[str, Tensor]:  # Any: peft
+    """Adapter parameters by name, in a stable order."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def save(model: Any, folder: Path, *, shrink: float = 1.0) -> None:  # Any: peft
+    """Write weights and config into `folder`, ΔW multiplied by `shrink`."""
+    state = peft.get_peft_model_state_dict(model)
+    scaled = {name: _scaled(name, weight, shrink) for name, weight in state.items()}
+    safetensors.torch.save_file(scaled, folder / WEIGHTS, metadata={"format": "pt"})
+    fields = _plain(model.peft_config["default"].to_dict())
+    fields |= {"base_model_name_or_path": "", "inference_mode": True}
+    (folder / CONFIG).write_text(json.dumps(fields, indent=1, sort_keys=True))
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors by PEFT name.
+
+    Raises:
+        ModelMissingError: there is no adapter in the folder.
+        IntegrityError: the file is not safetensors.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ModelMissingError(f"no adapter in {folder}: {WEIGHTS} is missing", path=str(folder))
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except safetensors.SafetensorError as error:
+        raise IntegrityError(f"{path} is not a safetensors file: {error}") from error
+
+
+def load_into(model: Any, folder: Path) -> None:  # Any: peft
+    """Set the attached adapter's weights to those in `folder`; shapes and names must be equal.
+
+    Raises:
+        TrainingError: the adapter in the folder has another rank, other targets or layers.
+    """
+    state = read_state(folder)
+    own = peft.get_peft_model_state_dict(model)
+    odd = sorted(set(state) ^ set(own)) or [n for n in own if own[n].shape != state[n].shape]
+    if odd:
+        raise TrainingError(
+            f"the parent adapter in {folder} does not fit this config (first: {odd[0]}); "
+            "use start = 'base' or the parent's rank, targets and top_layers"
+        )
+    peft.set_peft_model_state_dict(model, state)
+
+
+def merge(model: Any, folder: Path) -> dict[str, Tensor]:  # Any: transformers
+    """Add the ΔW in `folder` to a plain model; returns the replaced weights for `unmerge`.
+
+    Evaluation runs a quarter faster on merged weights than beside an adapter; ΔW is added in fp32.
+    """
+    fields = json.loads((folder / CONFIG).read_text())
+    rank = fields["r"]
+    scale = fields["lora_alpha"] / (rank**0.5 if fields["use_rslora"] else rank)
+    state = read_state(folder)
+    kept: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name in (n for n in state if n.endswith("lora_A.weight")):
+            key = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            weight = model.get_parameter(key)
+            kept[key] = weight.detach().clone()
+            b = state[name.replace("lora_A", "lora_B")]
+            weight += scale * (b.float() @ state[name].float()).to(weight.dtype)
+    return kept
+
+
+def unmerge(model: Any, kept: Mapping[str, Tensor]) -> None:  # Any: transformers
+    """Put the weights back that `merge` replaced, bit for bit."""
+    with torch.no_grad():
+        for key, weight in kept.items():
+            model.get_parameter(key).copy_(weight)
+
+
+def _scaled(name: str, weight: Tensor, shrink: float) -> Tensor:
+    factor = shrink if "lora_B" in name else 1.0
+    return (weight.detach() * factor).contiguous()
+
+
+def _plain(value: Any) -> Any:  # Any: the JSON edge
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(inner) for inner in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
