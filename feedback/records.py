@@ -188,6 +188,20 @@ class Implicit:
 
 Signal = Binary | Score | Label | Correction | Preference | Demonstration | Comment | Implicit
 
+SIGNALS: Mapping[str, type[Signal]] = {
+    signal.kind: signal
+    for signal in (
+        Binary,
+        Score,
+        Label,
+        Correction,
+        Preference,
+        Demonstration,
+        Comment,
+        Implicit,
+    )
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:

@@ -1,22 +1,14 @@
 """Records to rows and back, without loss: `to_record(to_row(x)) == x`."""
 
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, cast
 
 from perennial.feedback.records import (
-    Binary,
-    Comment,
-    Correction,
-    Demonstration,
+    SIGNALS,
     Feedback,
-    Implicit,
     Interaction,
-    Label,
     Message,
-    Preference,
     Role,
-    Score,
     Signal,
     SourceKind,
     Status,
@@ -25,19 +17,6 @@ from perennial.feedback.records import (
 from perennial.feedback.store import IdempotencyKey
 from perennial.feedback.tables import FeedbackRow, InteractionRow
 
-_SIGNALS: Mapping[str, type[Signal]] = {
-    kind.kind: kind
-    for kind in (
-        Binary,
-        Score,
-        Label,
-        Correction,
-        Preference,
-        Demonstration,
-        Comment,
-        Implicit,
-    )
-}
 _SAME_IN_INTERACTION = tuple(
     f.name for f in fields(Interaction) if f.name not in ("messages", "tags")
 )
@@ -91,7 +70,7 @@ def feedback_record(row: FeedbackRow) -> Feedback:
         completion=row.target_completion,
     )
     # Any: the fields of a signal are as many types as there are kinds.
-    signal = _SIGNALS[row.kind](**cast(Any, row.signal))
+    signal = SIGNALS[row.kind](**cast(Any, row.signal))
     return Feedback(**same, target=target, signal=signal, tags=row.tags)
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AwareDatetime,
@@ -30,27 +30,18 @@ from perennial.feedback.records import (
     MAX_TAG_VALUE_CHARS,
     MAX_TAGS,
     MAX_TEXT_CHARS,
+    SIGNALS,
     Action,
-    Binary,
-    Comment,
-    Correction,
-    Demonstration,
     Feedback,
-    Implicit,
     Interaction,
-    Label,
     Message,
-    Preference,
     Role,
-    Score,
     Signal,
     SourceKind,
-    Status,
     Target,
 )
 
 MAX_BATCH_ITEMS = 1_000
-MAX_KEY_CHARS = 255
 KEY_PATTERN = r"^[\x21-\x7e]{1,255}$"
 # PostgreSQL text cannot hold NUL.
 _NO_NUL = r"^[^\x00]*$"
@@ -64,9 +55,7 @@ def _only_text(value: object) -> object:
 
 
 Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
-Name = Annotated[
-    str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS, pattern=_NO_NUL)
-]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS, pattern=_NO_NUL)]
 AnyText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS, pattern=_NO_NUL)]
 FilledText = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARS, pattern=_NO_NUL)
@@ -134,10 +123,6 @@ class BinaryBody(Body):
     kind: Literal["binary"]
     value: bool
 
-    def to_signal(self) -> Signal:
-        """The record."""
-        return Binary(value=self.value)
-
 
 class ScoreBody(Body):
     """A rating with its scale: min <= value <= max, min < max."""
@@ -147,10 +132,6 @@ class ScoreBody(Body):
     min: float
     max: float
 
-    def to_signal(self) -> Signal:
-        """The record."""
-        return Score(value=self.value, min=self.min, max=self.max)
-
 
 class LabelBody(Body):
     """A class name."""
@@ -158,20 +139,12 @@ class LabelBody(Body):
     kind: Literal["label"]
     value: Name
 
-    def to_signal(self) -> Signal:
-        """The record."""
-        return Label(value=self.value)
-
 
 class CorrectionBody(Body):
     """What the answer should have been."""
 
     kind: Literal["correction"]
     text: FilledText
-
-    def to_signal(self) -> Signal:
-        """The record."""
-        return Correction(text=self.text)
 
 
 class PreferenceBody(Body):
@@ -181,20 +154,12 @@ class PreferenceBody(Body):
     chosen: FilledText
     rejected: FilledText
 
-    def to_signal(self) -> Signal:
-        """The record."""
-        return Preference(chosen=self.chosen, rejected=self.rejected)
-
 
 class DemonstrationBody(Body):
     """An expert's own answer."""
 
     kind: Literal["demonstration"]
     text: FilledText
-
-    def to_signal(self) -> Signal:
-        """The record."""
-        return Demonstration(text=self.text)
 
 
 class CommentBody(Body):
@@ -203,10 +168,6 @@ class CommentBody(Body):
     kind: Literal["comment"]
     text: FilledText
 
-    def to_signal(self) -> Signal:
-        """The record."""
-        return Comment(text=self.text)
-
 
 class ImplicitBody(Body):
     """What a user did; `text` is the edited answer and comes with `edit` only."""
@@ -214,10 +175,6 @@ class ImplicitBody(Body):
     kind: Literal["implicit"]
     action: Action
     text: FilledText | None = None
-
-    def to_signal(self) -> Signal:
-        """The record."""
-        return Implicit(action=self.action, text=self.text)
 
 
 SignalBody = Annotated[
@@ -296,7 +253,7 @@ class FeedbackBody(Body):
             tenant=tenant,
             task=target.task if isinstance(target, InlineTarget) else None,
             target=_target(target),
-            signal=self.signal.to_signal(),
+            signal=_signal(self.signal),
             source_kind=self.source.kind,
             source_id=self.source.id,
             subject=self.subject,
@@ -314,8 +271,9 @@ class BatchItemBody(FeedbackBody):
 
 
 class BatchBody(Body):
-    """Feedback in bulk; every item is answered by itself."""
+    """Feedback in bulk: 1 to 1,000 objects like `BatchItemBody`, each answered by itself."""
 
+    # Any: an item is checked alone, so that a bad one does not cost its neighbours.
     items: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_BATCH_ITEMS)]
 
 
@@ -328,6 +286,10 @@ def payload_sha256(body: BaseModel) -> str:
 
 def _messages(bodies: list[MessageBody]) -> tuple[Message, ...]:
     return tuple(Message(role=m.role, content=m.content) for m in bodies)
+
+
+def _signal(body: SignalBody) -> Signal:
+    return SIGNALS[body.kind](**body.model_dump(exclude={"kind"}))
 
 
 def _target(body: InteractionTarget | TraceTarget | InlineTarget) -> Target:

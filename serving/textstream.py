@@ -19,7 +19,11 @@ class TextStream:
         self._context = 0  # ids before this are not decoded again
         self._shown = 0  # ids before this are already in text
         self._held = ""
-        self.is_stopped = False
+        self._is_stopped = False
+
+    def has_stopped(self) -> bool:
+        """Whether a stop text was reached; all later text is dropped."""
+        return self._is_stopped
 
     def push(self, token_id: int) -> str:
         """The text that became certain by this token, often one word, sometimes nothing."""
@@ -40,12 +44,12 @@ class TextStream:
         return text[len(before) :]
 
     def _filter(self, text: str, *, is_last: bool) -> str:
-        if self.is_stopped:
+        if self._is_stopped:
             return ""
         self._held += text
         cut = min((i for s in self._stop if (i := self._held.find(s)) >= 0), default=-1)
         if cut >= 0:
-            self.is_stopped = True
+            self._is_stopped = True
             return self._held[:cut]
         keep = 0 if is_last else _overlap(self._held, self._stop)
         ready = self._held[: len(self._held) - keep]

@@ -1,0 +1,126 @@
+"""The process that apps talk to: gateway and feedback API on one port.
+
+It needs the store and the model only; MLflow and Prefect may be down.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from perennial.feedback.api import ApiDeps, create_app
+from perennial.feedback.keys import Authenticate, KeyStore, Scope, open_access
+from perennial.feedback.sql_store import SqlFeedbackStore
+from perennial.flows.doctor import is_loopback
+from perennial.flows.mapping import to_interaction
+from perennial.infra.clock import utc_now
+from perennial.infra.db import Database
+from perennial.infra.errors import ConfigError, ForbiddenError
+from perennial.infra.migrate import upgrade
+from perennial.infra.settings import Settings
+from perennial.registry.champion import ChampionStore
+from perennial.serving.embedded import create_embedded_engine
+from perennial.serving.engine import BASE, AdapterRef
+from perennial.serving.gateway import GatewayDeps, create_gateway
+from perennial.serving.recorder import RecordedAnswer, SpoolingRecorder
+from perennial.serving.scheduler import Limits
+from perennial.training.modelfiles import ensure_base_model
+
+log = logging.getLogger(__name__)
+
+
+def run_app(settings: Settings) -> None:
+    """Serve until stopped.
+
+    Raises:
+        ConfigError: the address is reachable from elsewhere and no key is asked for.
+    """
+    if not is_loopback(settings.api.host) and settings.api.auth == "open":
+        raise ConfigError(
+            f"{settings.api.host} is reachable from other machines and api.auth is open: "
+            'set api.auth = "keys" and create one with `perennial keys create`'
+        )
+    upgrade(settings.resolved_database_url)
+    uvicorn.run(
+        build_app(settings),
+        host=settings.api.host,
+        port=settings.api.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=8,
+        server_header=False,
+    )
+
+
+def build_app(settings: Settings) -> FastAPI:
+    """The ASGI app over a migrated store; the model is loaded when this returns."""
+    database = Database(settings.resolved_database_url)
+    store = SqlFeedbackStore(database, utc_now)
+    authenticate = _authenticate(settings, database)
+
+    def sink(answer: RecordedAnswer) -> None:
+        store.add_interaction(to_interaction(answer))
+
+    engine = create_embedded_engine(
+        ensure_base_model(settings.model.name, settings.model.cache_dir),
+        num_threads=settings.model.threads,
+        limits=Limits(
+            max_batch=settings.model.max_batch, default_answer_tokens=settings.model.max_tokens
+        ),
+    )
+    recorder = SpoolingRecorder(sink, settings.home / "spool")
+    gateway = create_gateway(
+        GatewayDeps(
+            engine=engine,
+            source=_Champions(ChampionStore(database, utc_now)),
+            recorder=recorder,
+            tasks=(settings.task,),
+            authenticate=_tenant_of(authenticate),
+        )
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with gateway.running():
+            yield
+        recorder.close()
+        engine.close()
+        database.dispose()
+
+    app = create_app(ApiDeps(store=store, authenticate=authenticate, lifespan=lifespan))
+    app.router.routes.extend(gateway.routes())
+    return app
+
+
+class _Champions:
+    """The registry's champion as the version that serving must load."""
+
+    def __init__(self, champions: ChampionStore) -> None:
+        self._champions = champions
+
+    def champion(self, task: str) -> AdapterRef:
+        """The live version of `task`, or the base model before any promotion."""
+        live = self._champions.current(task)
+        if live is None:
+            return BASE
+        return AdapterRef(name=live.version, path=live.adapter_path, digest=live.adapter_digest)
+
+
+def _authenticate(settings: Settings, database: Database) -> Authenticate:
+    if settings.api.auth == "open":
+        return open_access()
+    return KeyStore(database, utc_now).authenticate
+
+
+def _tenant_of(authenticate: Authenticate) -> Callable[[str | None], str]:
+    """For the gateway: the tenant of a key that may ingest, for it may also ask."""
+
+    def tenant(token: str | None) -> str:
+        principal = authenticate(token)
+        if Scope.INGEST not in principal.scopes:
+            raise ForbiddenError("this API key lacks the scope ingest")
+        return principal.tenant
+
+    return tenant

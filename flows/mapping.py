@@ -1,0 +1,153 @@
+"""One component's values become another's here, and nowhere else. Pure."""
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Literal
+
+from perennial.feedback.records import (
+    Binary,
+    Correction,
+    Demonstration,
+    Interaction,
+    Judged,
+    Message,
+)
+from perennial.infra.settings import CheckSettings, GateSettings
+from perennial.monitoring.policy import Policy
+from perennial.monitoring.windows import TrafficRow
+from perennial.registry.gate import GateRules
+from perennial.serving.recorder import RecordedAnswer
+from perennial.training.compile import FeedbackRow
+
+PROBE_TAG = "probe"
+
+
+def is_traffic(interaction: Interaction) -> bool:
+    """Whether users made it: interactions tagged `probe` measure and are left out."""
+    return PROBE_TAG not in interaction.tags
+
+
+def to_traffic(
+    interactions: Iterable[Interaction], judged: Iterable[Judged]
+) -> tuple[TrafficRow, ...]:
+    """Rows that monitoring looks at: each interaction with what users said of it."""
+    thumbs: dict[str, Literal[1, -1]] = {}
+    corrected: set[str] = set()
+    for item in judged:
+        about, signal = item.feedback.interaction_id, item.feedback.signal
+        if about is None:
+            continue
+        if isinstance(signal, Binary):
+            thumbs[about] = 1 if signal.value else -1
+        elif isinstance(signal, Correction):
+            corrected.add(about)
+    return tuple(
+        TrafficRow(
+            interaction_id=row.id,
+            prompt=row.messages[-1].content,
+            answer=row.completion,
+            model_version=row.model_version,
+            received_at=row.received_at,
+            subject=row.subject,
+            session=row.session,
+            thumbs=thumbs.get(row.id),
+            has_correction=row.id in corrected,
+        )
+        for row in interactions
+        if is_traffic(row)
+    )
+
+
+def to_feedback_rows(judged: Iterable[Judged]) -> tuple[FeedbackRow, ...]:
+    """Corrections and demonstrations with the conversation they belong to, oldest first."""
+    return tuple(row for item in judged if (row := _to_feedback_row(item)) is not None)
+
+
+def to_interaction(answer: RecordedAnswer) -> Interaction:
+    """What the gateway recorded, as the feedback store keeps it."""
+    return Interaction(
+        id=answer.id,
+        tenant=answer.tenant,
+        task=answer.task,
+        messages=tuple(Message(role=m.role, content=m.content) for m in answer.messages),
+        completion=answer.completion,
+        model_version=answer.model_version,
+        route_role=answer.route_role,
+        received_at=answer.received_at,
+        subject=answer.subject,
+        session=answer.session,
+        trace_id=answer.trace_id,
+        num_prompt_tokens=answer.num_prompt_tokens,
+        num_completion_tokens=answer.num_completion_tokens,
+        latency_ms=answer.latency_ms,
+        finish_reason=answer.finish_reason,
+        tags=answer.tags,
+    )
+
+
+def to_policy(check: CheckSettings, *, is_forced: bool = False) -> Policy:
+    """Settings as the policy of a check; a forced check retrains whatever it finds new."""
+    return Policy(
+        drift_level=check.level,
+        feedback_level=check.level,
+        num_permutations=check.permutations,
+        min_new_examples=1 if is_forced else check.min_examples,
+        min_trainable=1 if is_forced else min(20, check.min_examples),
+        max_age=timedelta(seconds=check.max_age_s) if check.max_age_s else None,
+        cool_down=timedelta(seconds=0 if is_forced else check.cooldown_s),
+        min_current=check.min_rows,
+        min_reference=check.min_rows,
+    )
+
+
+def to_rules(gate: GateSettings) -> GateRules:
+    """Settings as the rules of the gate."""
+    return GateRules(
+        min_gain=gate.min_gain,
+        retention_margin=gate.margin,
+        nll_margin=gate.nll_margin,
+        min_rows=gate.min_rows,
+    )
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Overlap of words in [0, 1]: the harmonic mean of precision and recall, as SQuAD scores it.
+
+    Rajpurkar et al., 2016, arXiv:1606.05250, section 6.1; articles are kept.
+    """
+    found, wanted = _words(answer), _words(reference)
+    common = sum(min(found.count(word), wanted.count(word)) for word in set(found))
+    if not common:
+        return 0.0
+    return 2 * common / (len(found) + len(wanted))
+
+
+def _to_feedback_row(item: Judged) -> FeedbackRow | None:
+    feedback, signal = item.feedback, item.feedback.signal
+    if isinstance(signal, Correction):
+        kind: Literal["correction", "demonstration"] = "correction"
+    elif isinstance(signal, Demonstration):
+        kind = "demonstration"
+    else:
+        return None
+    if item.interaction and not is_traffic(item.interaction):
+        return None
+    messages = item.interaction.messages if item.interaction else feedback.target.messages
+    return FeedbackRow(
+        event_id=feedback.id,
+        interaction_id=feedback.interaction_id,
+        subject=feedback.subject or (item.interaction.subject if item.interaction else None),
+        kind=kind,
+        messages=_turns(messages),
+        text=signal.text,
+        may_train=feedback.may_train,
+        received_at=feedback.received_at,
+    )
+
+
+def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    return tuple((message.role, message.content) for message in messages)
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c if c.isalnum() else " " for c in text.lower()).split()

@@ -1,0 +1,79 @@
+"""Checkpoints from which a killed run goes on to the same adapter.
+
+A checkpoint holds adapter weights, optimiser moments, the generator's state and the cursor (the
+number of finished steps). The order of batches is not stored: it follows from the seed.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from perennial.infra import artifacts
+from perennial.infra.errors import IntegrityError
+
+_TENSORS = "tensors.safetensors"
+_STATE = "state.json"
+_RNG = "rng"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cursor:
+    """Where a run was: finished steps, of which job."""
+
+    step: int
+    job: str
+
+
+def save(
+    folder: Path, cursor: Cursor, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Publish `folder/step-N` atomically and drop the older ones."""
+    target = folder / f"step-{cursor.step:06d}"
+
+    def write(inner: Path) -> None:
+        tensors = {f"weight/{name}": weight.detach() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            moments = optimizer.state[weight]
+            tensors |= {f"{key}/{name}": value for key, value in moments.items()}
+        tensors[_RNG] = torch.get_rng_state()
+        copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(copies, inner / _TENSORS)
+        (inner / _STATE).write_text(json.dumps({"step": cursor.step, "job": cursor.job}))
+
+    artifacts.publish(target, write)
+    for old in folder.iterdir():
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(
+    folder: Path, job: str, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> Cursor:
+    """Set weights and optimiser to the newest whole checkpoint of this job; step 0 without one."""
+    for found in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            artifacts.verify(found)
+        except IntegrityError:
+            shutil.rmtree(found)  # half written by a run that died; the one before it is whole
+            continue
+        state = json.loads((found / _STATE).read_text())
+        if state["job"] == job:
+            _load(found / _TENSORS, weights, optimizer)
+            return Cursor(step=int(state["step"]), job=job)
+    return Cursor(step=0, job=job)
+
+
+def _load(path: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    tensors = safetensors.torch.load_file(path)
+    torch.set_rng_state(tensors.pop(_RNG))
+    keys = {name.partition("/")[0] for name in tensors} - {"weight"}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[f"weight/{name}"])
+            optimizer.state[weight] = {key: tensors[f"{key}/{name}"] for key in keys}
