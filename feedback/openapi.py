@@ -1,4 +1,4 @@
-"""What FastAPI cannot find out for its OpenAPI: bodies we read ourselves, and the shape of errors."""
+"""The OpenAPI's parts that FastAPI cannot find: bodies we read ourselves, the shape of errors."""
 
 from typing import Any
 

@@ -175,7 +175,7 @@ def doctor(settings: Settings) -> None:
 @_with_settings
 def config(settings: Settings, markdown: bool) -> None:
     """Show every setting: its value now, its default and what it means."""
-    from perennial.flows.cli_show import settings_table, show_settings
+    from perennial.flows.cli_settings import settings_table, show_settings
 
     click.echo(settings_table()) if markdown else show_settings(settings)
 

@@ -31,7 +31,7 @@ class Descriptors:
             without a reference.
         answer_repeat_share: three-word spans of the answer that occurred in it before, 0 to 1; a
             model that has collapsed into a loop comes near 1.
-        is_refusal: 1 when the answer declines or apologises in English, else 0.
+        is_refusal: whether the answer declines or apologises in English.
     """
 
     num_prompt_chars: int
@@ -41,7 +41,7 @@ class Descriptors:
     prompt_digit_share: float
     prompt_new_word_share: float | None
     answer_repeat_share: float
-    is_refusal: int
+    is_refusal: bool
 
 
 def tokens(text: str) -> list[str]:
@@ -77,7 +77,7 @@ def describe(
             None if reference is None else new_word_share(asked, reference, num_own=num_own)
         ),
         answer_repeat_share=_repeat_share(said),
-        is_refusal=int(is_refusal(answer)),
+        is_refusal=is_refusal(answer),
     )
 
 

@@ -10,6 +10,7 @@ never loads.
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,8 @@ from perennial.monitoring.windows import TrafficRow, Window
 HTML, JSON, SCORES = "report.html", "report.json", "scores.json"
 
 _TEXT = ("prompt", "answer")
-_CATEGORIES = ("thumbs", "has_correction", "model_version")
+_CATEGORIES = ("is_refusal", "thumbs", "has_correction", "model_version")
+_YES_NO = {True: "yes", False: "no"}
 _NUM_SAMPLES = 10
 _MAX_SAMPLE_CHARS = 240
 _THUMBS = {1: "up", -1: "down", None: "none"}
@@ -65,9 +67,10 @@ def frame(
         {
             "prompt": _harmless(row.prompt),
             "answer": _harmless(row.answer),
-            **asdict(describe(row.prompt, row.answer, reference=known, num_own=num_own)),
+            **asdict(found := describe(row.prompt, row.answer, reference=known, num_own=num_own)),
+            "is_refusal": _YES_NO[found.is_refusal],
             "thumbs": _THUMBS[row.thumbs],
-            "has_correction": "yes" if row.has_correction else "no",
+            "has_correction": _YES_NO[row.has_correction],
             "model_version": _harmless(row.model_version),
         }
         for row in window.rows
@@ -125,15 +128,24 @@ def _write(result: CheckResult, folder: Path) -> None:
     known = windows.reference.prompts if windows.reference else None
     current = frame(windows.current, known, is_reference=False)
     reference = frame(windows.reference, known, is_reference=True) if windows.reference else None
-    snapshot = Report(_metrics(result, current)).run(
-        _dataset(current),
-        None if reference is None or current.empty else _dataset(reference),
-        name=f"check {windows.current.until.isoformat()}",
-    )
+    with warnings.catch_warnings():
+        # Column statistics of few or tied values: SciPy warns that a p-value is approximate, NumPy
+        # that one value has no spread. These columns describe, they decide nothing.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        snapshot = Report(_metrics(result, current)).run(
+            _dataset(current),
+            None if reference is None or current.empty else _dataset(reference),
+            name=f"check {windows.current.until.isoformat()}",
+        )
     snapshot.save_html(str(folder / HTML))
-    snapshot.save_json(str(folder / JSON))
-    body = json.dumps(scores(result), indent=1, sort_keys=True, ensure_ascii=False)
-    (folder / SCORES).write_text(body + "\n", encoding="utf-8")
+    # The deviation of one row is NaN, which is no JSON: readers other than Python would refuse it.
+    _write_json(folder / JSON, json.loads(snapshot.json(), parse_constant=lambda _: None))
+    _write_json(folder / SCORES, scores(result))
+
+
+def _write_json(path: Path, document: object) -> None:
+    body = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(body + "\n", encoding="utf-8")
 
 
 def _dataset(table: pd.DataFrame) -> Dataset:
@@ -154,8 +166,10 @@ def _metrics(result: CheckResult, current: pd.DataFrame) -> list[object]:
     drifts = []
     if result.split.reference:
         drifts = [
-            ValueDrift(column=c, method="TVD" if c in _CATEGORIES else "ks", threshold=0.01)
-            for c in columns
+            ValueDrift(column=column, method="jensenshannon", threshold=0.1)
+            if column in _CATEGORIES
+            else ValueDrift(column=column, method="ks", threshold=0.01)
+            for column in columns
         ]
     stats = [ValueStats(column=column) for column in (*_TEXT, *columns)]
     return [*(metric for metric in ours if metric), RowCount(), *stats, *drifts]
@@ -255,8 +269,7 @@ def _samples(result: CheckResult) -> TableMetric | None:
 
 def _sample(row: TrafficRow) -> list[str]:
     texts = [_short(text) for text in (row.prompt, row.answer)]
-    corrected = "yes" if row.has_correction else "no"
-    return [row.interaction_id, *texts, _THUMBS[row.thumbs], corrected]
+    return [row.interaction_id, *texts, _THUMBS[row.thumbs], _YES_NO[row.has_correction]]
 
 
 def _short(text: str) -> str:

@@ -3,7 +3,7 @@
 The runtimes live in `embedded` and `openai_upstream`; which version answers is `watcher`'s matter.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -121,8 +121,8 @@ class Engine(Protocol):
 
     def stream(
         self, request: ChatRequest, adapter: AdapterRef = BASE
-    ) -> AsyncIterator[Delta]:  # an async generator: closing it cancels the request
-        """The answer piece by piece.
+    ) -> AsyncGenerator[Delta, None]:
+        """The answer piece by piece; closing the generator cancels the request.
 
         Raises:
             InputError: the conversation does not fit the model's context or template.

@@ -9,20 +9,17 @@ Mounting in another application: add `gateway.routes()` to its routes and enter
 """
 
 import asyncio
-import contextlib
-import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as HttpRoute
-from starlette.types import Receive, Scope, Send
 
 from perennial.infra.clock import Clock, new_id, utc_now
 from perennial.infra.errors import (
@@ -36,14 +33,13 @@ from perennial.infra.errors import (
     UnavailableError,
 )
 from perennial.serving import wire
-from perennial.serving.engine import Delta, Engine, Finish, collect
-from perennial.serving.recorder import RecordedAnswer, Recorder
+from perennial.serving.engine import Delta, Engine, Finish
+from perennial.serving.recorder import Outcome, RecordedAnswer, Recorder
 from perennial.serving.routes import Route
+from perennial.serving.transport import EventStream, read_body, unless_gone
 from perennial.serving.watcher import LiveRoutes, RouteSource, RouteWatcher
 
-_log = logging.getLogger(__name__)
 _RETRY_AFTER_S = "1"
-_T = TypeVar("_T")
 
 Authenticate = Callable[[str | None], str]
 """Bearer token, or None when there is none → tenant. Raises AuthError or ForbiddenError."""
@@ -97,10 +93,20 @@ class _Turn:
     def created(self) -> int:
         return int(self.received_at.timestamp())
 
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:  # Any: JSON
-        return wire.chunk_body(
-            self.id, self.call.task, self.route.version, self.created, choices
-        )
+    def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:  # Any: JSON
+        """The events that show `delta`; keeps its text."""
+        if not self.pieces:
+            yield self._chunk([wire.choice_body({"role": "assistant", "content": ""}, None)])
+        self.pieces.append(delta.text)
+        if delta.text:
+            yield self._chunk([wire.choice_body({"content": delta.text}, None)])
+        if delta.finish is not None:
+            yield self._chunk([wire.choice_body({}, delta.finish.reason)])
+            if self.call.has_usage_chunk:
+                yield {**self._chunk([]), "usage": wire.usage_body(delta.finish)}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:  # Any: JSON
+        return wire.chunk_body(self.id, self.call.task, self.route.version, self.created, choices)
 
 
 class Gateway:
@@ -116,7 +122,7 @@ class Gateway:
             clock=deps.clock,
             interval_s=deps.poll_interval_s,
         )
-        self._recordings: set[asyncio.Task[None]] = set()
+        self._recordings: set[asyncio.Task[Outcome]] = set()
 
     def routes(self) -> list[HttpRoute]:
         """For the root of a Starlette or FastAPI application."""
@@ -200,7 +206,7 @@ class Gateway:
     async def _chat(self, request: Request) -> Response:
         received_at, started_s = self._deps.clock(), time.monotonic()
         tenant = await self._tenant_of(request)
-        call = wire.parse_chat_body(await _read_body(request, self._deps.max_body_bytes))
+        call = wire.parse_chat_body(await read_body(request, self._deps.max_body_bytes))
         with ExitStack() as stack:
             turn = _Turn(
                 id=new_id("int"),
@@ -216,11 +222,10 @@ class Gateway:
 
     async def _whole(self, request: Request, turn: _Turn) -> Response:
         engine = self._deps.engine
-        answer = await _unless_gone(request, engine.chat(turn.call.request, turn.route.adapter))
+        answer = await unless_gone(request, engine.chat(turn.call.request, turn.route.adapter))
         if answer is None:
             return _gone()
-        turn.pieces.append(answer.text)
-        await self._record(turn, answer.finish.reason, answer.finish)
+        await self._record(turn, Delta(text=answer.text, finish=answer.finish))
         body = wire.completion_body(
             turn.id,
             turn.call.task,
@@ -234,26 +239,24 @@ class Gateway:
     async def _streamed(self, request: Request, turn: _Turn, stack: ExitStack) -> Response:
         events = self._events(turn)
         # The first piece is awaited here: until then a failure still has its own status.
-        first = await _unless_gone(request, anext(events))
+        first = await unless_gone(request, anext(events))
         if first is None:
             await events.aclose()
             return _gone()
-        return _EventStream(first, events, stack.pop_all(), turn.headers)
+        return EventStream(first, events, stack.pop_all(), turn.headers)
 
     async def _events(self, turn: _Turn) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; whatever was shown is recorded, also when cut off."""
-        deltas = self._deps.engine.stream(turn.call.request, turn.route.adapter)
         reason = "cancelled"
         try:
-            async with aclosing(deltas):  # type: ignore[type-var]  # engines give generators
+            async with aclosing(
+                self._deps.engine.stream(turn.call.request, turn.route.adapter)
+            ) as deltas:
                 async for delta in deltas:
                     if delta.finish is not None:
                         reason = delta.finish.reason
-                        turn.pieces.append(delta.text)
-                        await self._record(turn, reason, delta.finish)
-                    elif delta.text:
-                        turn.pieces.append(delta.text)
-                    for body in _chunks(turn, delta):
+                        await self._record(turn, delta)
+                    for body in turn.chunks(delta):
                         yield wire.event(body)
             yield wire.DONE
         except PerennialError as error:
@@ -263,19 +266,74 @@ class Gateway:
             yield wire.event(wire.error_body(error, _status_of(error).kind))
         finally:
             if reason in ("cancelled", "error") and turn.pieces:
-                self._record_soon(turn, reason)
+                self._keep(_recorded(turn, reason, None))
 
-    async def _record(self, turn: _Turn, reason: str, finish: Finish | None) -> None:
-        answer = _recorded(turn, reason, finish)
-        task = asyncio.create_task(self._keep(answer))
+    async def _record(self, turn: _Turn, last: Delta) -> None:
+        finish = last.finish
+        assert finish is not None
+        text = "".join([*turn.pieces, last.text])
+        # Shielded: a client that leaves at this moment must not take the record along.
+        await asyncio.shield(self._keep(_recorded(turn, finish.reason, finish, text)))
+
+    def _keep(self, answer: RecordedAnswer) -> "asyncio.Task[Outcome]":
+        task = asyncio.create_task(asyncio.to_thread(self._deps.recorder.record, answer))
         self._recordings.add(task)
         task.add_done_callback(self._recordings.discard)
-        await asyncio.shield(task)  # a client that leaves now must not lose the record
+        return task
 
-    def _record_soon(self, turn: _Turn, reason: str) -> None:
-        task = asyncio.create_task(self._keep(_recorded(turn, reason, None)))
-        self._recordings.add(task)
-        task.add_done_callback(self._recordings.discard)
 
-    async def _keep(self, answer: RecordedAnswer) -> None:
-        await asyncio.to_thread(self._deps.recorder.record, answer)
+class _Status(NamedTuple):
+    error: type[PerennialError]
+    status: int
+    kind: str  # OpenAI's error type
+
+
+# The first that fits; TooLargeError is an InputError and so comes before it.
+_STATUSES = (
+    _Status(TooLargeError, 413, "invalid_request_error"),
+    _Status(InputError, 400, "invalid_request_error"),
+    _Status(AuthError, 401, "authentication_error"),
+    _Status(ForbiddenError, 403, "permission_error"),
+    _Status(NotFoundError, 404, "invalid_request_error"),
+    _Status(ConflictError, 409, "invalid_request_error"),
+    _Status(UnavailableError, 503, "service_unavailable"),
+    _Status(PerennialError, 500, "server_error"),
+)
+
+
+def _status_of(error: PerennialError) -> _Status:
+    return next(entry for entry in _STATUSES if isinstance(error, entry.error))
+
+
+def _error_response(error: PerennialError) -> Response:
+    _, status, kind = _status_of(error)
+    headers = {"retry-after": _RETRY_AFTER_S} if status == 503 else {}
+    return JSONResponse(wire.error_body(error, kind), status_code=status, headers=headers)
+
+
+def _gone() -> Response:
+    return Response(status_code=499)  # nobody is left to read it
+
+
+def _recorded(
+    turn: _Turn, reason: str, finish: Finish | None, text: str | None = None
+) -> RecordedAnswer:
+    call = turn.call
+    return RecordedAnswer(
+        id=turn.id,
+        tenant=turn.tenant,
+        task=call.task,
+        messages=call.request.messages,
+        completion="".join(turn.pieces) if text is None else text,
+        model_version=turn.route.version,
+        route_role=turn.route.role,
+        subject=call.subject,
+        session=call.session,
+        trace_id=call.trace_id,
+        num_prompt_tokens=finish.num_prompt_tokens if finish else None,
+        num_completion_tokens=finish.num_completion_tokens if finish else None,
+        latency_ms=round(1000 * (time.monotonic() - turn.started_s), 3),
+        finish_reason=reason,
+        received_at=turn.received_at,
+        tags=call.tags,
+    )

@@ -46,7 +46,9 @@ def parse_chat_body(raw: bytes) -> ChatCall:
     return body.to_call()
 
 
-def completion_body(id: str, task: str, version: str, created: int, text: str, end: Finish) -> _Json:
+def completion_body(
+    id: str, task: str, version: str, created: int, text: str, end: Finish
+) -> _Json:
     """A whole answer."""
     message = {"role": "assistant", "content": text, "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": end.reason, "logprobs": None}
@@ -107,7 +109,9 @@ def error_body(error: PerennialError, kind: str) -> _Json:
 
 def event(body: _Json) -> bytes:
     """A server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return (
+        b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    )
 
 
 DONE = b"data: [DONE]\n\n"
@@ -170,9 +174,7 @@ class _Body(BaseModel):
     user: _Name | None = None
     metadata: (
         Annotated[
-            dict[
-                Annotated[_Text, Field(max_length=64)], Annotated[_Text, Field(max_length=512)]
-            ],
+            dict[Annotated[_Text, Field(max_length=64)], Annotated[_Text, Field(max_length=512)]],
             Field(max_length=16),
         ]
         | None

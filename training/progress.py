@@ -33,16 +33,15 @@ class StepRecord:
 class ProgressLog:
     """Writes each step to a file and shows it; use as a context manager."""
 
-    def __init__(self, path: Path, console: Console, num_steps: int) -> None:
+    def __init__(self, path: Path, console: Console) -> None:
         self._file: IO[str] = path.open("a", encoding="utf-8")
         self._console = console
-        self._num_steps = num_steps
         self._started = time.monotonic()
         self._num_tokens = 0
         self._num_seen = 0
         self._last_line = 0.0
         self._bar = _bar(console) if console.is_terminal else None
-        self._task = self._bar.add_task("train", total=num_steps, note="") if self._bar else None
+        self._task = self._bar.add_task("train", total=None, note="") if self._bar else None
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -65,7 +64,9 @@ class ProgressLog:
         eta_s = (now - self._started) / self._num_seen * (record.num_steps - record.step)
         note = f"loss {record.loss:.3f} · {rate:.0f} tokens/s"
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=record.step, note=note)
+            self._bar.update(
+                self._task, total=record.num_steps, completed=record.step, note=note
+            )
         elif now - self._last_line >= _LINE_EVERY_S or record.step == record.num_steps:
             self._last_line = now
             text = f"step {record.step}/{record.num_steps} · {note} · ETA {eta_s:.0f} s"

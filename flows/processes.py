@@ -1,0 +1,95 @@
+"""Runs training and evaluation in processes of their own, one at a time for each output folder.
+
+The child holds a lock on its folder. A worker that comes back after a kill waits for a child that
+its predecessor left behind, instead of running a second one beside it.
+"""
+
+import contextlib
+import fcntl
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+from perennial.infra.errors import ConfigError, ModelMissingError, TrainingError
+from perennial.infra.settings import Settings, child_environment
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_STOP_S = 20.0
+
+
+def run_training_process(
+    command: Literal["train", "evaluate"],
+    job: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    on_line: Callable[[str], None],
+) -> None:
+    """Return when `out` is filled; each line that the child prints goes to `on_line`.
+
+    Raises:
+        ConfigError, ModelMissingError, TrainingError: as the child said, with its last lines.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, "-m", "perennial.training.run", command, str(job), str(out)]
+    with _exclusive(out.parent / f".{out.name}.lock", settings.training.timeout_s) as lock:
+        child = subprocess.Popen(
+            argv,
+            env=child_environment(settings, {"PYTHONUNBUFFERED": "1"}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            pass_fds=(lock.fileno(),),
+        )
+        lines = _follow(child, settings.training.timeout_s, on_line)
+    if child.returncode:
+        kind = {2: ConfigError, 3: ModelMissingError}.get(child.returncode, TrainingError)
+        raise kind(
+            f"{command} ended with status {child.returncode} for {job}: {' / '.join(lines[-5:])}",
+            status=child.returncode,
+        )
+
+
+def _follow(
+    child: subprocess.Popen[str], timeout_s: float, on_line: Callable[[str], None]
+) -> list[str]:
+    lines: list[str] = []
+    deadline = time.monotonic() + timeout_s
+    try:
+        assert child.stdout is not None  # it is a pipe
+        for line in child.stdout:
+            lines.append(line.rstrip())
+            on_line(line.rstrip())
+            if time.monotonic() > deadline:
+                raise TrainingError(f"stopped after {timeout_s:.0f} s (training.timeout_s)")
+        child.wait()
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_STOP_S)
+            child.kill()
+            child.wait()
+    return lines
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path, timeout_s: float) -> Iterator[IO[bytes]]:
+    deadline = time.monotonic() + timeout_s
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise TrainingError(f"{path} is still held after {timeout_s} s") from error
+                time.sleep(_POLL_S)
+        yield file

@@ -1,0 +1,93 @@
+"""Steps of a round, each done once: the shell between a flow and the work.
+
+A step is keyed by the round, its name and the digest of its inputs. A second run finds the first
+one's result; a worker that lost its lease cannot write one. Retries live here and nowhere else.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from perennial.infra.errors import LeaseLostError, UnavailableError
+from perennial.registry.rounds import Lease, Ledger
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]  # Any: what a step returns is JSON
+
+LEASE_S = 60.0
+RETRY_DELAYS_S = (2, 5, 15, 30, 60, 60, 60, 60)
+
+
+def is_transient(_task: object, _run: object, state: Any) -> bool:  # Any: Prefect's state
+    """Whether a failed task is worth another try: only what a store or server not there causes."""
+    error = state.data if isinstance(state.data, BaseException) else None
+    return error is None or isinstance(error, UnavailableError)
+
+
+def digest(inputs: Mapping[str, Any]) -> str:  # Any: JSON
+    """SHA-256 of the inputs of a step, in hex."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Steps:
+    """The steps of one round, under one lease."""
+
+    ledger: Ledger
+    lease: Lease
+
+    def once(self, name: str, inputs: Mapping[str, Any], work: Callable[[], Json]) -> Json:
+        """The result of `work`, done now or by an earlier run with the same inputs.
+
+        Raises:
+            LeaseLostError: another worker owns the round now.
+        """
+        key = digest(inputs)
+        found = self.ledger.step_result(self.lease.round_id, name, key)
+        if found is not None:
+            log.info("step found round=%s step=%s", self.lease.round_id, name)
+            return found
+        log.info("step begins round=%s step=%s", self.lease.round_id, name)
+        result = work()
+        self.ledger.finish_step(self.lease, name, key, result)
+        log.info("step done round=%s step=%s", self.lease.round_id, name)
+        return result
+
+
+@contextmanager
+def leased(ledger: Ledger, round_id: str) -> Iterator[Steps]:
+    """The steps of a round that this process owns until the block ends or it dies.
+
+    Raises:
+        LeaseLostError: another live worker owns the round.
+    """
+    owner = f"{socket.gethostname()}:{os.getpid()}"
+    lease = ledger.claim(round_id, owner, ttl_s=LEASE_S)
+    is_over = threading.Event()
+    keeper = threading.Thread(target=_keep, args=(ledger, lease, is_over), daemon=True)
+    keeper.start()
+    try:
+        yield Steps(ledger=ledger, lease=lease)
+    finally:
+        is_over.set()
+        keeper.join()
+        ledger.release(lease)
+
+
+def _keep(ledger: Ledger, lease: Lease, is_over: threading.Event) -> None:
+    while not is_over.wait(LEASE_S / 4):
+        try:
+            ledger.renew(lease, ttl_s=LEASE_S)
+        except LeaseLostError:
+            log.warning("lease lost round=%s", lease.round_id)
+            return
+        except UnavailableError as error:
+            log.warning("lease not renewed round=%s error=%s", lease.round_id, error)

@@ -1,0 +1,187 @@
+"""Per-row results of a model with or without an adapter: likelihood, greedy answer, grade.
+
+Every row gives a result; an error is a wrong answer, never a smaller denominator. The verdict over
+the rows is left to the registry.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perennial.training.batching import cut, length_sorted, pack
+from perennial.training.examples import Example
+from perennial.training.grading import EvalRow, is_right
+from perennial.training.tokens import TokenRow, encode_example, encode_prompt
+from perennial.training.trunk import SplitModel
+
+_NLL_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowResult:
+    """What one model did with one row. `nll` in nats a token of the reference answer."""
+
+    id: str
+    cluster: str
+    nll: float
+    num_reference_tokens: int
+    answer: str | None = None
+    is_right: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SuiteSummary:
+    """Counts and means over a suite; `accuracy` is None where no row is graded."""
+
+    num_rows: int
+    num_graded: int
+    num_right: int
+    accuracy: float | None
+    nll: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bounds of an evaluation."""
+
+    max_new_tokens: int = 32
+    max_rows: int = 32
+    max_len: int = 1024
+
+
+def evaluate(
+    model: Any,  # Any: transformers
+    tokenizer: Any,
+    rows: Sequence[EvalRow],
+    limits: Limits,
+) -> tuple[tuple[RowResult, ...], SuiteSummary]:
+    """Results in the order of `rows`, and their summary (NLL is the mean over all tokens)."""
+    started = time.monotonic()
+    encoded = [_encoded(tokenizer, row, limits.max_len) for row in rows]
+    nlls = reference_nlls(model, encoded)
+    graded = [index for index, row in enumerate(rows) if row.rule != "none"]
+    prompts = [encode_prompt(tokenizer, rows[index].messages) for index in graded]
+    answers = dict(zip(graded, generate(model, tokenizer, prompts, limits), strict=True))
+    results = tuple(
+        RowResult(
+            id=row.id,
+            cluster=row.cluster or row.id,
+            nll=nll,
+            num_reference_tokens=tokens.num_tokens - tokens.num_prompt,
+            answer=answers.get(index),
+            is_right=is_right(row, answers[index]) if index in answers else None,
+        )
+        for index, (row, nll, tokens) in enumerate(zip(rows, nlls, encoded, strict=True))
+    )
+    return results, summarise(results, time.monotonic() - started)
+
+
+def summarise(results: Sequence[RowResult], seconds: float) -> SuiteSummary:
+    """Totals over the rows; the NLL is weighted by reference tokens."""
+    graded = [row for row in results if row.is_right is not None]
+    num_right = sum(row.is_right is True for row in graded)
+    num_tokens = sum(row.num_reference_tokens for row in results)
+    total = sum(row.nll * row.num_reference_tokens for row in results)
+    return SuiteSummary(
+        num_rows=len(results),
+        num_graded=len(graded),
+        num_right=num_right,
+        accuracy=num_right / len(graded) if graded else None,
+        nll=total / max(1, num_tokens),
+        seconds=seconds,
+    )
+
+
+def reference_nlls(model: Any, rows: Sequence[TokenRow]) -> list[float]:  # Any: transformers
+    """Mean negative log-likelihood of each row's completion, nats a token."""
+    split = SplitModel(model, 0)
+    found: list[float] = []
+    for span in cut([row.num_tokens for row in rows], _NLL_TOKENS):
+        part = [rows[index] for index in span]
+        packed = pack(part, labels=["completion"] * len(part))
+        with torch.no_grad():
+            log_probs = torch.log_softmax(split.logits(packed, None).float(), dim=-1)
+        losses_M = -log_probs.gather(-1, torch.from_numpy(packed.label_M)[:, None])[:, 0]
+        owner_M = torch.from_numpy(packed.owner_M)
+        found += [float(losses_M[owner_M == owner].mean()) for owner in range(len(part))]
+    return found
+
+
+def generate(
+    model: Any,  # Any: transformers
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
+) -> list[str]:
+    """Greedy answers; equal prompts are generated once, prompts of like length together."""
+    distinct = list({tuple(prompt): None for prompt in prompts})
+    said: dict[tuple[int, ...], str] = {}
+    for indices in length_sorted([len(prompt) for prompt in distinct], limits.max_rows):
+        part = [distinct[index] for index in indices]
+        for prompt, ids in zip(part, _greedy(model, tokenizer, part, limits), strict=True):
+            said[prompt] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return [said[tuple(prompt)] for prompt in prompts]
+
+
+def _greedy(
+    model: Any,  # Any: transformers
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
+) -> list[list[int]]:
+    """New ids of each prompt up to the end of turn; a batch shrinks as its rows end."""
+    eos = int(tokenizer.eos_token_id)
+    ids_BT, mask_BT = _left_padded(prompts, eos)
+    position_B = mask_BT.sum(-1)
+    new: list[list[int]] = [[] for _ in prompts]
+    cache = None
+    rows = list(range(len(prompts)))
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
+    for _ in range(limits.max_new_tokens):
+        with torch.no_grad():
+            out = model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        cache = out.past_key_values
+        next_B = out.logits[:, -1].argmax(-1)
+        going = (next_B != eos).nonzero()[:, 0]
+        for index in going.tolist():
+            new[rows[index]].append(int(next_B[index]))
+        if not len(going):
+            break
+        if len(going) < len(rows):
+            rows = [rows[index] for index in going.tolist()]
+            cache.batch_select_indices(going)
+            next_B, mask_BT, position_B = next_B[going], mask_BT[going], position_B[going]
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=-1)
+        ids_BT, positions_BT = next_B[:, None], position_B[:, None]
+        position_B = position_B + 1
+    return new
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (B, T). Padding is known by the mask alone: the pad id may equal the end id."""
+    width = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.full((len(prompts), width), pad)
+    mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, width - len(prompt) :] = 1
+    return ids_BT, mask_BT
+
+
+def _encoded(tokenizer: Any, row: EvalRow, max_len: int) -> TokenRow:  # Any: transformers
+    example = Example(
+        id=row.id, messages=row.messages, completion=row.reference, kind="general"
+    )
+    return encode_example(tokenizer, example, max_len)

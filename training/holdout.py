@@ -1,0 +1,58 @@
+"""Which new examples are kept apart to judge by. Pure and deterministic.
+
+A row that is judged by is never trained on, in this round or a later one; what is done with the
+scores is the registry's business.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perennial.infra.errors import InputError
+from perennial.training.examples import Example
+from perennial.training.text import normalise
+
+_ENOUGH = 3  # wordings of one answer, so that two still teach what the third is judged by
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holdout:
+    """Two disjoint parts of the examples, each in the order given."""
+
+    train: tuple[Example, ...]
+    judge: tuple[Example, ...]
+
+
+def split_holdout(examples: Sequence[Example], share: float) -> Holdout:
+    """About `share` of the rows to judge by, at most one for each wanted answer.
+
+    Rows are ranked by the digest of their id, so that nobody can choose. Answers with three or more
+    wordings come first: a row whose answer nothing else teaches measures guessing, not learning.
+
+    Args:
+        examples: any number of rows.
+        share: in (0, 1).
+
+    Raises:
+        InputError: `share` is not inside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise InputError(f"share must be inside (0, 1), got {share}")
+    counts = Counter(normalise(example.completion) for example in examples)
+    wanted = round(share * len(examples))
+    ranked = sorted(examples, key=lambda e: (counts[normalise(e.completion)] < _ENOUGH, _rank(e)))
+    taken: dict[str, str] = {}
+    for example in ranked:
+        if len(taken) == wanted:
+            break
+        taken.setdefault(normalise(example.completion), example.id)
+    judged = set(taken.values())
+    return Holdout(
+        train=tuple(e for e in examples if e.id not in judged),
+        judge=tuple(e for e in examples if e.id in judged),
+    )
+
+
+def _rank(example: Example) -> str:
+    return hashlib.sha256(example.id.encode()).hexdigest()

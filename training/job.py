@@ -1,0 +1,159 @@
+"""The job file: what one training process or one evaluation process is to do.
+
+Paths inside it are relative to the job file's folder. Unknown fields are errors, because a
+misspelt one would silently train with a default.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from perennial.infra.errors import ConfigError, InputError
+from perennial.training import config as configs
+from perennial.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainJob:
+    """One round: rows in, adapter out."""
+
+    base_model: str
+    cache_dir: Path
+    parent_adapter: Path | None
+    train_rows: Path
+    replay_rows: Path | None
+    general_rows: Path | None
+    config: TrainConfig
+    num_threads: int | None  # None: chosen from the machine
+    digest: str  # of the settings and of the bytes of every input; names the job's checkpoints
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalJob:
+    """Every adapter scored on every suite, the same rows for all."""
+
+    base_model: str
+    cache_dir: Path
+    adapters: Mapping[str, Path | None]  # None: the base model
+    suites: Mapping[str, Path]
+    max_new_tokens: int
+    num_threads: int | None
+
+
+def read_train_job(path: Path) -> TrainJob:
+    """The job in a JSON file.
+
+    Raises:
+        ConfigError: a field is unknown, missing or of the wrong type.
+        InputError: the file or a file it names cannot be read.
+    """
+    raw = _read(path, required=("base_model", "train_rows"), optional=_TRAIN_OPTIONAL)
+    home = path.parent
+    rows = {name: _path(raw, name, home) for name in ("train_rows", "replay_rows", "general_rows")}
+    parent = _path(raw, "parent_adapter", home)
+    train_rows = rows["train_rows"]
+    if train_rows is None:
+        raise ConfigError("train_rows must name a file, got null", name="train_rows")
+    config = configs.from_json(_mapping(raw, "config", {}))
+    weights = parent / "adapter_model.safetensors" if parent else None
+    settings = [raw["base_model"], config.to_json()]
+    return TrainJob(
+        base_model=_text(raw, "base_model"),
+        cache_dir=_path(raw, "cache_dir", home) or home / "models",
+        parent_adapter=parent,
+        train_rows=train_rows,
+        replay_rows=rows["replay_rows"],
+        general_rows=rows["general_rows"],
+        config=config,
+        num_threads=_threads(raw),
+        digest=_digest(settings, (*rows.values(), weights)),
+    )
+
+
+def read_eval_job(path: Path) -> EvalJob:
+    """The job in a JSON file; errors as in `read_train_job`."""
+    required = ("base_model", "adapters", "suites")
+    raw = _read(path, required=required, optional=("cache_dir", "num_threads", "max_new_tokens"))
+    home = path.parent
+    adapters, suites = _mapping(raw, "adapters"), _mapping(raw, "suites")
+    max_new_tokens = raw.get("max_new_tokens", 32)
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be a positive int, got {max_new_tokens!r}")
+    for name in (*adapters, *suites):
+        if not name or not all(char.isalnum() or char in "-_." for char in name):
+            raise ConfigError(f"{name!r} cannot name a result file; use letters, digits, - _ .")
+    return EvalJob(
+        base_model=_text(raw, "base_model"),
+        cache_dir=_path(raw, "cache_dir", home) or home / "models",
+        adapters=MappingProxyType({name: _path(adapters, name, home) for name in adapters}),
+        suites=MappingProxyType({name: home / _text(suites, name) for name in suites}),
+        max_new_tokens=max_new_tokens,
+        num_threads=_threads(raw),
+    )
+
+
+_TRAIN_OPTIONAL = (
+    "cache_dir",
+    "parent_adapter",
+    "replay_rows",
+    "general_rows",
+    "config",
+    "num_threads",
+)
+
+
+def _read(path: Path, *, required: Sequence[str], optional: Sequence[str]) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the job file {path}: {error}", path=str(path)) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"the job file {path} must hold a JSON object")
+    missing = [name for name in required if name not in raw]
+    unknown = [name for name in raw if name not in {*required, *optional}]
+    if missing or unknown:
+        known = ", ".join((*required, *optional))
+        raise ConfigError(
+            f"job file {path}: missing {missing}, unknown {unknown}; fields are {known}"
+        )
+    return raw
+
+
+def _text(raw: Mapping[str, Any], name: str) -> str:
+    value = raw[name]
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a non-empty string, got {value!r}", name=name)
+    return value
+
+
+def _path(raw: Mapping[str, Any], name: str, home: Path) -> Path | None:
+    return None if raw.get(name) is None else home / _text(raw, name)
+
+
+def _mapping(raw: Mapping[str, Any], name: str, default: object = None) -> dict[str, Any]:
+    value = raw.get(name, default)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a JSON object, got {value!r}", name=name)
+    return value
+
+
+def _threads(raw: Mapping[str, Any]) -> int | None:
+    value = raw.get("num_threads")
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigError(f"num_threads must be a positive int or null, got {value!r}")
+    return value
+
+
+def _digest(settings: object, paths: Sequence[Path | None]) -> str:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in paths:
+        try:
+            content = b"-" if path is None else path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}", path=str(path)) from error
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()

@@ -1,0 +1,28 @@
+"""What this machine gives to training: threads, and how much memory was used."""
+
+import os
+import resource
+import sys
+
+import torch
+
+_MAX_THREADS = 16  # beyond it a model of this size gains nothing from one more core
+
+
+def choose_threads(wanted: int | None) -> int:
+    """Set and return torch's threads: `wanted`, or the cores this process may use, bounded.
+
+    Two threads beside another busy process run several times slower than one, so a core that others
+    keep busy is not counted.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    idle = round((allowed or 1) - os.getloadavg()[0])
+    num = wanted or max(1, min(idle, _MAX_THREADS))
+    torch.set_num_threads(num)
+    return num
+
+
+def peak_rss_mb() -> float:
+    """Most memory this process has held, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
