@@ -6,6 +6,7 @@ field is an error, because a misspelt one would lose a user's word in silence.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -47,9 +48,9 @@ KEY_PATTERN = r"^[\x21-\x7e]{1,255}$"
 _NO_NUL = r"^[^\x00]*$"
 
 
-def _only_text(value: object) -> object:
-    # pydantic would read a number as seconds since 1970.
-    if isinstance(value, str | datetime):
+def _only_iso_text(value: object) -> object:
+    # pydantic would read a number, and a text of digits, as seconds since 1970.
+    if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d[Tt ]", value):
         return value
     raise ValueError("a time is a text such as 2026-05-01T12:00:00Z")
 
@@ -66,7 +67,8 @@ TagKey = Annotated[
 TagValue = Annotated[str, StringConstraints(max_length=MAX_TAG_VALUE_CHARS, pattern=_NO_NUL)]
 Tags = Annotated[dict[TagKey, TagValue], Field(max_length=MAX_TAGS)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Time = Annotated[AwareDatetime, BeforeValidator(_only_text, json_schema_input_type=str)]
+# The validator hands over a Python text, which a strict datetime would refuse.
+Time = Annotated[AwareDatetime, Field(strict=False), BeforeValidator(_only_iso_text)]
 
 
 class Body(BaseModel):

@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import click
 
+from perennial.infra.clock import new_id
 from perennial.infra.errors import PerennialError
 from perennial.infra.log import configure_logging
 from perennial.infra.settings import Settings, apply_process_defaults, load_process_settings
+from perennial.registry.server import client_environment
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -46,7 +48,7 @@ def _with_settings(run: Callable[..., None]) -> Callable[..., None]:
     def wrapped(ctx: click.Context, /, **options: object) -> None:
         settings = load_process_settings(ctx.obj)
         configure_logging(settings.log_level)
-        apply_process_defaults(settings)
+        apply_process_defaults(settings, client_environment())
         run(settings, **options)
 
     wrapped.__doc__ = run.__doc__
@@ -155,8 +157,10 @@ def rollback(settings: Settings, by: str, reason: str) -> None:
     from perennial.flows.wiring import connect
 
     with connect(settings) as deps:
-        now = deps.champions.rollback(settings.task, decided_by=by, reason=reason)
-    click.echo(f"live now: {now.version if now else 'base'}")
+        change = deps.champions.rollback(
+            settings.task, decision_id=new_id("dec"), decided_by=by, reason=reason
+        )
+    click.echo(f"live now: {change.version or 'base'}")
 
 
 @main.command()

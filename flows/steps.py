@@ -7,14 +7,18 @@ one's result; a worker that lost its lease cannot write one. Retries live here a
 import hashlib
 import json
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from perennial.flows.supervisor import exclusive
 from perennial.infra.errors import LeaseLostError, UnavailableError
 from perennial.registry.rounds import Lease, Ledger
 
@@ -24,6 +28,26 @@ Json = dict[str, Any]  # Any: what a step returns is JSON
 
 LEASE_S = 60.0
 RETRY_DELAYS_S = (2, 5, 15, 30, 60, 60, 60, 60)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def transient_task(name: str) -> Callable[[F], F]:
+    """A Prefect task that is tried again while a store or server is away; nothing is cached."""
+
+    def decorate(work: F) -> F:
+        wrapped: F = task(
+            name=name,
+            retries=len(RETRY_DELAYS_S),
+            retry_delay_seconds=list(RETRY_DELAYS_S),
+            retry_condition_fn=is_transient,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+        )(work)
+        return wrapped
+
+    return decorate
 
 
 def is_transient(_task: object, _run: object, state: Any) -> bool:  # Any: Prefect's state
@@ -63,13 +87,21 @@ class Steps:
 
 
 @contextmanager
-def leased(ledger: Ledger, round_id: str) -> Iterator[Steps]:
+def leased(ledger: Ledger, round_id: str, home: Path) -> Iterator[Steps]:
     """The steps of a round that this process owns until the block ends or it dies.
 
+    On one machine a lock tells whether the worker before is dead; then its lease is taken over at
+    once. A worker elsewhere waits until it runs out.
+
     Raises:
-        LeaseLostError: another live worker owns the round.
+        ConflictError: another process of this installation works on a round.
+        LeaseLostError: a live worker on another machine owns the round.
     """
-    owner = f"{socket.gethostname()}:{os.getpid()}"
+    with exclusive(home / "run" / "round.lock"):
+        yield from _leased(ledger, round_id, f"{socket.gethostname()}:{home}")
+
+
+def _leased(ledger: Ledger, round_id: str, owner: str) -> Iterator[Steps]:
     lease = ledger.claim(round_id, owner, ttl_s=LEASE_S)
     is_over = threading.Event()
     keeper = threading.Thread(target=_keep, args=(ledger, lease, is_over), daemon=True)

@@ -35,11 +35,17 @@ def run_up(settings: Settings) -> None:
 def urls(settings: Settings) -> Table:
     """Where everything answers."""
     table = Table(show_header=False, box=None, padding=(0, 2))
-    for name, url in (
-        ("chat (OpenAI-compatible)", f"{settings.api_url}/v1"),
-        ("feedback API", f"{settings.api_url}/v1/feedback"),
-        ("MLflow", settings.mlflow_url),
-        ("Prefect", settings.prefect_url.removesuffix("/api")),
-    ):
+    for name, url, _ in addresses(settings):
         table.add_row(name, url)
     return table
+
+
+def addresses(settings: Settings) -> tuple[tuple[str, str, str], ...]:
+    """What answers where, and the URL that tells whether it is up."""
+    api, mlflow, prefect = settings.api_url, settings.mlflow_url, settings.prefect_url
+    return (
+        ("chat (OpenAI-compatible)", f"{api}/v1", f"{api}/readyz"),
+        ("feedback API", f"{api}/v1/feedback", f"{api}/readyz"),
+        ("MLflow", mlflow, f"{mlflow}/health"),
+        ("Prefect", prefect.removesuffix("/api"), f"{prefect}/health"),
+    )

@@ -201,10 +201,9 @@ def child_environment(settings: Settings, extra: Mapping[str, str]) -> dict[str,
     return {**inherited, **quiet, "PREFECT_API_URL": settings.prefect_url, **ours, **extra}
 
 
-def apply_process_defaults(settings: Settings) -> None:
+def apply_process_defaults(settings: Settings, extra: Mapping[str, str]) -> None:
     """Point libraries that read the environment of this process at the servers of `settings`."""
-    os.environ["DO_NOT_TRACK"] = "1"
-    os.environ["PREFECT_API_URL"] = settings.prefect_url
+    os.environ.update({"PREFECT_API_URL": settings.prefect_url, **extra})
 
 
 def setting_keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:

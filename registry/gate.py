@@ -305,9 +305,7 @@ def _not_worse(suite: Suite, totals: ClusterTotals, rules: GateRules) -> tuple[R
     harm = -interval.low if suite.kind is SuiteKind.RETENTION else interval.high
     is_met = harm < margin
     shown = f"{totals.mean:+.3f} nats/token" if is_nll else f"{totals.mean:+.1%}"
-    bound, limit = (
-        (f"{harm:.3f}", f"{margin:.3f}") if is_nll else (f"{harm:.1%}", f"{margin:.1%}")
-    )
+    bound, limit = (f"{harm:.3f}", f"{margin:.3f}") if is_nll else (f"{harm:.1%}", f"{margin:.1%}")
     verb = "is below" if is_met else "is not below"
     sentence = (
         f"{suite.name}: change {shown}; at {1 - rules.level:.0%} confidence the harm is at most "

@@ -15,7 +15,9 @@ from perennial.infra.errors import ConflictError, InputError, NotFoundError
 
 BASE = "base"
 
-_NAME = re.compile(r"(?P<task>[a-z][a-z0-9-]{0,39})-v(?P<number>[1-9][0-9]{0,8})-(?P<sha>[0-9a-f]{8})")
+_NAME = re.compile(
+    r"(?P<task>[a-z][a-z0-9-]{0,39})-v(?P<number>[1-9][0-9]{0,8})-(?P<sha>[0-9a-f]{8})"
+)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

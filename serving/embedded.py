@@ -252,6 +252,8 @@ class TorchDecoder:
         serving, self._active = self._active, None
         self._adapters.pop(name, None)
         if self._peft is not None and _key(name) in self._peft.peft_config:
+            if self._adapters:  # peft must not choose the next active adapter itself
+                self._peft.set_adapter(_key(next(iter(self._adapters))))
             self._peft.delete_adapter(_key(name))
         if serving is not None and serving != name:
             self._activate(serving)

@@ -96,7 +96,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _snapshot(model_id: str) -> Path:
-    import huggingface_hub  # noqa: PLC0415  # only who names a hub model pays for its import
+    import huggingface_hub  # only who names a hub model pays for its import
 
     try:
         return Path(huggingface_hub.snapshot_download(model_id))

@@ -151,9 +151,7 @@ def client(make_client: Callable[..., TestClient], database: Database) -> TestCl
 
 
 @pytest.fixture
-def sqlite_client(
-    make_client: Callable[..., TestClient], sqlite_database: Database
-) -> TestClient:
+def sqlite_client(make_client: Callable[..., TestClient], sqlite_database: Database) -> TestClient:
     """In open mode, on SQLite only: for what never reaches the database."""
     return make_client(sqlite_database)
 

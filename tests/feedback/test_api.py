@@ -58,9 +58,7 @@ def test_interaction_is_created_and_read_back(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("signal", SIGNALS, ids=lambda s: s.get("action", s["kind"]))
-def test_every_signal_is_created_and_read_back(
-    client: TestClient, signal: dict[str, Any]
-) -> None:
+def test_every_signal_is_created_and_read_back(client: TestClient, signal: dict[str, Any]) -> None:
     about = client.post("/v1/interactions", json=INTERACTION).json()["id"]
 
     created = client.post("/v1/feedback", json=_feedback(about, signal=signal))

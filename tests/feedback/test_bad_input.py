@@ -16,7 +16,7 @@ FEEDBACK: dict[str, Any] = {
     "target": {"interaction_id": "int_1"},
     "signal": {"kind": "binary", "value": True},
 }
-SECRET = "pnl_0123_sup3rs3cret"  # noqa: S105 (a marker to look for)
+SECRET = "pnl_0123_sup3rs3cret"
 
 
 def _score(value: str) -> bytes:
@@ -48,6 +48,7 @@ MALFORMED = {
     "lone surrogate": b'{"task": "\\ud800"}',
     "late surrogate": b'{"task": "\\udc00\\ud800"}',
     "python": b"{'task': None}",
+    "number of 5,000 digits": _score("9" * 5000),
 }
 INVALID_INTERACTIONS = {
     "null": b"null",
@@ -63,7 +64,7 @@ INVALID_INTERACTIONS = {
     "task long": _interaction(task="x" * 257),
     "task with NUL": _interaction(task="a\0b"),
     "completion with NUL": _interaction(completion="a\0b"),
-    "completion long": _interaction(completion="é" * 500_000 + "x" * 10),
+    "completion long": _interaction(completion="x" * 1_000_001),
     "message with NUL": _interaction(messages=[{"role": "user", "content": "\0"}]),
     "no messages": _interaction(messages=[]),
     "messages as text": _interaction(messages="q"),
@@ -115,7 +116,7 @@ INVALID_FEEDBACK = {
     "binary with a text": _feedback(signal={"kind": "binary", "value": True, "text": "x"}),
     "score NaN": _score("NaN"),
     "score 1e400": _score("1e400"),
-    "score of 5,000 digits": _score("9" * 5000),
+    "score of 4,000 digits": _score("9" * 4000),
     "score above max": _score("5.1"),
     "score text": _score('"4"'),
     "score reversed": _feedback(signal={"kind": "score", "value": 1, "min": 2, "max": 0}),
@@ -171,9 +172,7 @@ def _assert_nothing_stored(client: TestClient) -> None:
 def test_bad_body_is_a_problem_and_stores_nothing(
     sqlite_client: TestClient, path: str, body: bytes, status: int
 ) -> None:
-    answer = sqlite_client.post(
-        path, content=body, headers={"Content-Type": "application/json"}
-    )
+    answer = sqlite_client.post(path, content=body, headers={"Content-Type": "application/json"})
 
     _assert_problem(answer, status)
     _assert_nothing_stored(sqlite_client)
@@ -261,9 +260,7 @@ def test_bad_idempotency_key_is_refused(sqlite_client: TestClient, key: Any) -> 
         ("/v1/feedback/batch/x", 404),
     ],
 )
-def test_bad_path_or_query_is_a_problem(
-    sqlite_client: TestClient, path: str, status: int
-) -> None:
+def test_bad_path_or_query_is_a_problem(sqlite_client: TestClient, path: str, status: int) -> None:
     _assert_problem(sqlite_client.get(path), status)
 
 
@@ -280,7 +277,13 @@ def test_wrong_method_is_405(sqlite_client: TestClient, method: str, path: str) 
 
 @pytest.mark.parametrize(
     "text",
-    ["'; DROP TABLE interactions; --", "{{7*7}}", "${jndi:ldap://x}", "a\r\nSet-Cookie: x", "😀‮"],
+    [
+        "'; DROP TABLE interactions; --",
+        "{{7*7}}",
+        "${jndi:ldap://x}",
+        "a\r\nSet-Cookie: x",
+        "😀\u202e",
+    ],
 )
 def test_hostile_text_is_only_text(client: TestClient, text: str) -> None:
     created = client.post("/v1/interactions", json={**INTERACTION, "completion": text})

@@ -35,7 +35,9 @@ from perennial.infra.errors import InputError
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=40)
 filled = texts.filter(bool)
 ids = st.text("abcXYZ019._:-", min_size=1, max_size=128)
-times = st.datetimes(datetime(1970, 1, 2), datetime(2999, 12, 30), timezones=st.just(UTC))
+# hypothesis takes naive bounds and adds the zone.
+FIRST, LAST = datetime(1970, 1, 2), datetime(2999, 12, 30)  # noqa: DTZ001
+times = st.datetimes(FIRST, LAST, timezones=st.just(UTC))
 messages = st.lists(
     st.builds(Message, role=st.sampled_from(["system", "user", "assistant"]), content=texts),
     min_size=1,
@@ -133,7 +135,7 @@ def test_every_kind_of_signal_is_known_by_its_name() -> None:
         (lambda: Implicit(action="copy", text="x"), "only the action edit"),
         (lambda: Implicit(action="sneeze"), "one of copy"),
         (lambda: Message(role="robot", content=""), "one of system"),
-        (lambda: Target(), "one of interaction_id"),
+        (Target, "one of interaction_id"),
         (lambda: Target(interaction_id="a", trace_id="b"), "one of interaction_id"),
         (lambda: Target(interaction_id="a b"), "interaction_id must be"),
         (lambda: Target(interaction_id="a\n"), "interaction_id must be"),

@@ -100,15 +100,11 @@ def test_key_replays_the_first_id_and_refuses_another_payload(
     assert len(store.list_feedback("acme", 0, 10).items) == 1
 
 
-def test_key_belongs_to_its_tenant(
-    store: SqlFeedbackStore, make_feedback: MakeFeedback
-) -> None:
+def test_key_belongs_to_its_tenant(store: SqlFeedbackStore, make_feedback: MakeFeedback) -> None:
     key = IdempotencyKey(value="k", payload_sha256="a" * 64)
     store.add_feedback(make_feedback(tenant="acme"), key)
 
-    other = store.add_feedback(
-        make_feedback(tenant="bolt"), replace(key, payload_sha256="b" * 64)
-    )
+    other = store.add_feedback(make_feedback(tenant="bolt"), replace(key, payload_sha256="b" * 64))
 
     assert not other.is_replay
 

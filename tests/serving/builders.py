@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 import uvicorn
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
 from perennial.infra.artifacts import publish
 from perennial.infra.errors import PerennialError, UnavailableError
 from perennial.serving.engine import BASE, AdapterRef, ChatMessage, ChatRequest
 from perennial.serving.recorder import Outcome, RecordedAnswer, RecorderHealth
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from perennial.serving.embedded import create_embedded_engine
 from perennial.serving.engine import AdapterRef
 from perennial.serving.scheduler import BatchingEngine, Limits

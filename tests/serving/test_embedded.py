@@ -7,6 +7,8 @@ from contextlib import aclosing
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from perennial.infra.artifacts import publish
 from perennial.infra.errors import (
     ConflictError,
@@ -19,9 +21,10 @@ from perennial.infra.errors import (
 from perennial.serving.embedded import TorchDecoder, create_embedded_engine
 from perennial.serving.engine import BASE, AdapterRef, ChatMessage
 from perennial.serving.scheduler import BatchingEngine, Limits
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tests.serving.builders import ask, save_adapter, wait_until
+
+# peft 0.21 reads an attribute that transformers 5 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 PROMPTS = ["hi", "a much longer question about invoices and refunds " * 5, "x", "why? " * 20, "ok"]
 

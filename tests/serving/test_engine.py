@@ -1,4 +1,5 @@
 import pytest
+
 from perennial.infra.errors import InputError
 from perennial.serving.engine import BASE, AdapterRef, ChatMessage, ChatRequest
 from perennial.serving.routes import Route, RouteTable

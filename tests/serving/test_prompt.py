@@ -1,4 +1,5 @@
 import pytest
+
 from perennial.infra.errors import InputError
 from perennial.serving.engine import ChatMessage
 from perennial.serving.prompt import Piece, split_prompt

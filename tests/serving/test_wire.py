@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from perennial.infra.errors import InputError
 from perennial.serving.engine import ChatMessage
 from perennial.serving.wire import parse_chat_body
