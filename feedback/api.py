@@ -21,7 +21,7 @@ from perennial.feedback.batch import to_replies, to_submissions
 from perennial.feedback.keys import Authenticate, Principal, Scope
 from perennial.feedback.limits import MAX_BATCH_BYTES, json_body
 from perennial.feedback.metrics import Metrics, Observe
-from perennial.feedback.openapi import PROBLEM_RESPONSES, describe, takes
+from perennial.feedback.openapi import PROBLEM_RESPONSES, describe, replayed, takes
 from perennial.feedback.problems import handle_errors
 from perennial.feedback.records import ID_PATTERN
 from perennial.feedback.replies import (
@@ -41,15 +41,13 @@ from perennial.feedback.schemas import (
     BatchItemBody,
     FeedbackBody,
     InteractionBody,
-    Name,
+    PageQuery,
+    TaskPageQuery,
     payload_sha256,
 )
 from perennial.feedback.store import FeedbackStore, IdempotencyKey, Stored, StoredFeedback
 from perennial.infra.clock import Clock, new_id, utc_now
 from perennial.infra.errors import ForbiddenError
-
-MAX_PAGE = 200
-_MAX_SEQ = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,11 +118,14 @@ Writer = Annotated[Principal, Depends(_needs(Scope.INGEST))]
 Reader = Annotated[Principal, Depends(_needs(Scope.READ))]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", pattern=KEY_PATTERN)]
 PathId = Annotated[str, Path(pattern=ID_PATTERN)]
-After = Annotated[int, Query(ge=0, le=_MAX_SEQ, description="`next_after` of the last page")]
-Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
-@_router.post("/v1/interactions", status_code=201, openapi_extra=takes(InteractionBody))
+@_router.post(
+    "/v1/interactions",
+    status_code=201,
+    responses=replayed(InteractionCreated),
+    openapi_extra=takes(InteractionBody),
+)
 def post_interaction(
     caller: Writer,
     body: Annotated[InteractionBody, Depends(json_body(InteractionBody))],
@@ -141,7 +142,12 @@ def post_interaction(
     return InteractionCreated(id=stored.id)
 
 
-@_router.post("/v1/feedback", status_code=201, openapi_extra=takes(FeedbackBody))
+@_router.post(
+    "/v1/feedback",
+    status_code=201,
+    responses=replayed(FeedbackCreated),
+    openapi_extra=takes(FeedbackBody),
+)
 def post_feedback(
     caller: Writer,
     body: Annotated[FeedbackBody, Depends(json_body(FeedbackBody))],
@@ -189,22 +195,18 @@ def get_feedback(caller: Reader, deps: Deps, id: PathId) -> FeedbackReply:
 
 @_router.get("/v1/interactions")
 def list_interactions(
-    caller: Reader,
-    deps: Deps,
-    after: After = 0,
-    limit: Limit = 50,
-    task: Annotated[Name | None, Query()] = None,
+    caller: Reader, deps: Deps, query: Annotated[TaskPageQuery, Query()]
 ) -> InteractionPage:
     """Interactions in the order they became visible."""
-    page = deps.store.list_interactions(caller.tenant, after, limit, task)
+    page = deps.store.list_interactions(caller.tenant, query.after, query.limit, query.task)
     items = [InteractionReply.of(item) for item in page.items]
     return InteractionPage(items=items, next_after=page.next_after)
 
 
 @_router.get("/v1/feedback")
-def list_feedback(caller: Reader, deps: Deps, after: After = 0, limit: Limit = 50) -> FeedbackPage:
+def list_feedback(caller: Reader, deps: Deps, query: Annotated[PageQuery, Query()]) -> FeedbackPage:
     """Feedback in the order they became visible."""
-    page = deps.store.list_feedback(caller.tenant, after, limit)
+    page = deps.store.list_feedback(caller.tenant, query.after, query.limit)
     items = [FeedbackReply.of(item) for item in page.items]
     return FeedbackPage(items=items, next_after=page.next_after)
 

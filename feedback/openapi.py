@@ -32,6 +32,19 @@ def takes(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": body}
 
 
+def replayed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The response to a request that was stored before."""
+    header = {"description": "`true`", "schema": {"type": "string"}}
+    words = "It was stored before, by this key or id; the first answer again."
+    return {
+        200: {
+            "model": model,
+            "description": words,
+            "headers": {"Idempotency-Replayed": header},
+        }
+    }
+
+
 def describe(app: FastAPI, *models: type[BaseModel]) -> None:
     """Let the app's OpenAPI define `models` beside those that FastAPI found."""
 

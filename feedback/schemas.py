@@ -43,6 +43,7 @@ from perennial.feedback.records import (
 )
 
 MAX_BATCH_ITEMS = 1_000
+MAX_PAGE = 200
 KEY_PATTERN = r"^[\x21-\x7e]{1,255}$"
 # PostgreSQL text cannot hold NUL.
 _NO_NUL = r"^[^\x00]*$"
@@ -277,6 +278,23 @@ class BatchBody(Body):
 
     # Any: an item is checked alone, so that a bad one does not cost its neighbours.
     items: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_BATCH_ITEMS)]
+
+
+class PageQuery(BaseModel):
+    """Where a page begins and how long it is; a misspelt parameter is an error here too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
+        default=0, description="`next_after` of the last page"
+    )
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 50
+
+
+class TaskPageQuery(PageQuery):
+    """A page of one task, or of all."""
+
+    task: Name | None = None
 
 
 def payload_sha256(body: BaseModel) -> str:

@@ -14,14 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from perennial.flows import demo_table
+from perennial.flows.demo_desk import Act, Desk, Fact, load_facts
 from perennial.flows.demo_users import Users, held_out_questions, training_questions
-from perennial.flows.desk import Act, Fact, load_facts
 from perennial.flows.remote import MlflowReviewer, PrefectRuns
 from perennial.flows.screen import Screen
 from perennial.flows.services import services
@@ -39,25 +38,6 @@ _ROUND_S = 1800.0
 _REVIEWER = "Robin (reviewer)"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Desk:
-    """The facts of both acts; `kept` are those of act 1 that act 2 does not replace."""
-
-    act1: tuple[Fact, ...]
-    act2: tuple[Fact, ...]
-
-    @property
-    def kept(self) -> tuple[Fact, ...]:
-        """Facts of act 1 that stay true."""
-        replaced = {fact.supersedes for fact in self.act2}
-        return tuple(fact for fact in self.act1 if fact.id not in replaced)
-
-    @property
-    def changed(self) -> tuple[Fact, ...]:
-        """Facts of act 2 that replace one of act 1."""
-        return tuple(fact for fact in self.act2 if fact.supersedes)
-
-
 def run_demo(home: Path, *, json_file: Path | None, keep: bool) -> None:
     """Play both acts under `home`, which is emptied first, and print the table.
 
@@ -70,16 +50,18 @@ def run_demo(home: Path, *, json_file: Path | None, keep: bool) -> None:
     started = time.monotonic()
     supervisor = Supervisor(settings.home, services(settings))
     try:
-        with _peak_memory() as peak, screen.step("start gateway, MLflow, Prefect and a worker"):
-            supervisor.start()
+        with _peak_memory() as peak:
+            with screen.step("start gateway, MLflow, Prefect and a worker"):
+                supervisor.start()
             play = _Play(settings, screen)
             play.act_1()
             play.act_2()
-        table = demo_table.compute(settings, play.desk)
-        figures = demo_table.figures(table, wall_s=time.monotonic() - started, peak_rss_mb=peak())
+        figures = demo_table.compute(
+            settings, play.desk, wall_s=time.monotonic() - started, peak_rss_mb=peak()
+        )
         if json_file:
-            write_atomic(json_file, json.dumps(figures, indent=1).encode())
-        screen.show(demo_table.render(table, figures, settings, are_services_up=keep))
+            write_atomic(json_file, json.dumps(demo_table.to_json(figures), indent=1).encode())
+        screen.show(demo_table.render(figures, settings, are_services_up=keep))
         if keep:
             screen.say("services stay up; Ctrl-C stops them")
             threading.Event().wait()

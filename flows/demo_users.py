@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from perennial.flows.desk import Fact, is_right, is_stale
+from perennial.flows.demo_desk import Fact, is_right, is_stale
 
 _CLIENTS = 8
 _SUBJECTS = 24

@@ -6,7 +6,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from perennial.flows.mapping import to_feedback_rows, to_policy, to_traffic
+from perennial.flows.mapping import to_feedback_rows, to_limits, to_policy, to_traffic
 from perennial.flows.steps import transient_task
 from perennial.flows.wiring import Deps, connect
 from perennial.monitoring.check import CheckResult, check
@@ -60,10 +60,8 @@ def summary(stored: StoredCheck) -> str:
 def _measure(deps: Deps, task_name: str, *, is_forced: bool) -> CheckResult:
     now, since = deps.feedback.horizon(), cutoff(deps, task_name)
     policy = to_policy(deps.settings.check, is_forced=is_forced)
-    new = compile_feedback(
-        to_feedback_rows(deps.feedback.feedback_between(task_name, since, now)),
-        max_per_subject=deps.settings.training.max_per_subject,
-    )
+    judged = deps.feedback.feedback_between(task_name, since, now)
+    new = compile_feedback(to_feedback_rows(judged), to_limits(deps.settings.training))
     return check(
         _windows(deps, task_name, since, now),
         policy,

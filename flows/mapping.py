@@ -12,12 +12,12 @@ from perennial.feedback.records import (
     Judged,
     Message,
 )
-from perennial.infra.settings import CheckSettings, GateSettings
+from perennial.infra.settings import CheckSettings, GateSettings, TrainingSettings
 from perennial.monitoring.policy import Policy
 from perennial.monitoring.windows import TrafficRow
 from perennial.registry.gate import GateRules
 from perennial.serving.recorder import RecordedAnswer
-from perennial.training.compile import FeedbackRow
+from perennial.training.compile import CompileLimits, FeedbackRow
 
 PROBE_TAG = "probe"
 
@@ -108,6 +108,11 @@ def to_rules(gate: GateSettings) -> GateRules:
         nll_margin=gate.nll_margin,
         min_rows=gate.min_rows,
     )
+
+
+def to_limits(training: TrainingSettings) -> CompileLimits:
+    """Settings as the bounds of the feedback compiler."""
+    return CompileLimits(max_per_subject=training.max_per_subject)
 
 
 def token_f1(answer: str, reference: str) -> float:

@@ -165,6 +165,13 @@ class Ledger:
             row = session.get(RoundStepRow, (round_id, step, inputs_digest))
             return None if row is None else dict(row.result)
 
+    def last_result(self, round_id: str, step: str) -> Json | None:
+        """What the step found last, whatever its inputs, or None when it has not finished."""
+        query = select(RoundStepRow).filter_by(round_id=round_id, step=step)
+        with self._database.read() as session:
+            row = session.scalar(query.order_by(RoundStepRow.finished_at.desc()).limit(1))
+            return None if row is None else dict(row.result)
+
     def steps(self, round_id: str) -> tuple[str, ...]:
         """Names of the finished steps, in the order in which they ended."""
         order = (RoundStepRow.finished_at, RoundStepRow.step)

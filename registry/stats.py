@@ -51,7 +51,9 @@ def cluster_totals(differences: Sequence[float], clusters: Sequence[str]) -> Clu
         )
     _, index_N = np.unique(np.asarray(clusters), return_inverse=True)
     sums_G = np.bincount(index_N, weights=np.asarray(differences, dtype=np.float64))
-    return ClusterTotals(sums_G=sums_G, counts_G=np.bincount(index_N).astype(np.float64))
+    return ClusterTotals(
+        sums_G=sums_G.astype(np.float64), counts_G=np.bincount(index_N).astype(np.float64)
+    )
 
 
 def sign_flip_p(totals: ClusterTotals, rng: np.random.Generator, num_resamples: int) -> float:
@@ -102,22 +104,22 @@ def cautious_interval(
     num_resamples: int,
     pseudo: float,
 ) -> Interval:
-    """The wider of the bootstrap and a normal interval with one imaginary disagreement.
+    """The wider of the bootstrap and a normal interval that was given imaginary disagreements.
 
     Thirty rows without a single difference have a bootstrap interval of zero width, though a model
-    that loses one row in twenty shows that picture every fifth time. So half a row won by `pseudo`
-    and half a row lost by it are added, and one row of agreement (Agresti and Min, 2005, Statistics
-    in Medicine 24, for paired proportions; here by clusters with a robust variance). `pseudo` is
-    the largest difference possible: 1 for scores in [0, 1], 0 for an unbounded measure.
+    that loses one row in twenty shows that picture every fifth time. So z²/2 rows won by `pseudo`
+    and z²/2 rows lost by it are added, as Agresti and Coull (1998) do for a share and Agresti and
+    Min (2005) for paired shares; here by clusters, with a robust variance. `pseudo` is the largest
+    difference possible: 1 for scores in [0, 1], 0 for a measure without bounds.
     """
     drawn = bootstrap_interval(totals, rng, level=level, num_resamples=num_resamples)
     sums_G, counts_G = totals.sums_G, totals.counts_G
-    num_extra = 2.0 if pseudo else 0.0
-    num_rows = counts_G.sum() + num_extra
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    num_rows = counts_G.sum() + (z**2 if pseudo else 0.0)
     centre = sums_G.sum() / num_rows
     residuals_G = sums_G - counts_G * centre
-    spread = float((residuals_G**2).sum()) * _small_sample(sums_G.size) + pseudo**2
-    half = NormalDist().inv_cdf((1 + level) / 2) * np.sqrt(spread) / num_rows
+    spread = float((residuals_G**2).sum()) * _small_sample(sums_G.size) + (z * pseudo) ** 2
+    half = z * np.sqrt(spread) / num_rows
     return Interval(
         estimate=totals.mean,
         low=min(drawn.low, float(centre - half)),

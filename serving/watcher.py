@@ -193,7 +193,9 @@ class RouteWatcher:
         now = self._clock()
         before = self._troubles.get(task)
         is_same = before is not None and before.adapter == adapter
-        pause = min(before.pause * 2, _LAST_RETRY) if before and is_same else _FIRST_RETRY
+        # A full queue passes, a wrong file does not: only the latter is tried ever more rarely.
+        grows = before is not None and is_same and not isinstance(error, UnavailableError)
+        pause = min(before.pause * 2, _LAST_RETRY) if before and grows else _FIRST_RETRY
         self._troubles[task] = _Trouble(
             reason=str(error),
             since=before.since if before else now,

@@ -39,22 +39,30 @@ class Packed:
         return (same | prefix) & causal
 
 
-def pack(rows: Sequence[TokenRow], *, labels: Sequence[str]) -> Packed:
+def pack(
+    rows: Sequence[TokenRow],
+    *,
+    labels: Sequence[str],
+    dropped: Sequence[frozenset[int]] | None = None,
+) -> Packed:
     """The rows as one sequence; `labels[b]` says what row b trains on.
 
     "completion": its completion. "all": each of its tokens after the first that is its own, so that
-    no prediction is shared between rows.
+    no prediction is shared between rows. `dropped[b]` are positions of row b's prompt to leave out;
+    the others keep their positions, so this is a masked token and not another text.
     """
-    shared = shared_prefix(rows)
+    gone = dropped or [frozenset()] * len(rows)
+    shared = min([shared_prefix(rows), *(min(part) for part in gone if part)])
     parts = [np.stack([np.full(shared, -1), np.arange(shared), rows[0].ids_T[:shared]])]
     predict, label, owner, at = [], [], [], []
     offset = shared
     for index, (row, scope) in enumerate(zip(rows, labels, strict=True)):
-        size = row.num_tokens - shared
-        source = np.arange(shared, row.num_tokens)
-        parts.append(np.stack([np.full(size, index), source, row.ids_T[shared:]]))
+        kept = [at for at in range(shared, row.num_tokens) if at not in gone[index]]
+        source = np.array(kept)
+        size = len(source)
+        parts.append(np.stack([np.full(size, index), source, row.ids_T[source]]))
         first = row.num_prompt if scope == "completion" else shared + 1
-        predict.append(np.arange(first - 1, row.num_tokens - 1) - shared + offset)
+        predict.append(np.searchsorted(source, np.arange(first - 1, row.num_tokens - 1)) + offset)
         label.append(row.ids_T[first:])
         owner.append(np.full(row.num_tokens - first, index))
         at.append(np.arange(first, row.num_tokens))

@@ -43,6 +43,7 @@ class TrainConfig:
     max_len: int = 512  # a longer row is refused
     replay_share: float = 0.25  # of all tokens of an epoch
     general_share: float = 0.20
+    question_dropout: float = 0.0  # chance that a token of a question is masked
     kl_weight: float = 1.0
     kl_top_k: int = 20
     kl_scope: Literal["completion", "all"] = "completion"
@@ -58,7 +59,7 @@ class TrainConfig:
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         for name in ("weight_decay", "kl_weight", "seed"):
             self._require(name, getattr(self, name) >= 0, "zero or more")
-        for name in ("replay_share", "general_share"):
+        for name in ("replay_share", "general_share", "question_dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         total = self.replay_share + self.general_share
         self._require("replay_share", total < 1, "below 1 together with general_share")

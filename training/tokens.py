@@ -19,11 +19,15 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRow:
-    """ids_T = prompt then completion; positions num_prompt-1 … T-2 predict the completion."""
+    """ids_T = prompt then completion; positions num_prompt-1 … T-2 predict the completion.
+
+    question: the positions of the last message's content.
+    """
 
     id: str
     ids_T: Ids
     num_prompt: int
+    question: range = range(0)
 
     @property
     def num_tokens(self) -> int:
@@ -38,19 +42,30 @@ class TokenRow:
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Turn]) -> list[int]:  # Any: transformers
     """Ids of the rendered chat up to where the assistant starts to speak."""
+    return _encode_chat(tokenizer, messages)[0]
+
+
+def _encode_chat(
+    tokenizer: Any,  # Any: transformers
+    messages: Sequence[Turn],
+) -> tuple[list[int], range]:
+    """Ids of the prompt, and where in them the last message's content lies."""
     marks = [_mark(index) for index in range(len(messages))]
     chat = [
         {"role": role, "content": mark} for (role, _), mark in zip(messages, marks, strict=True)
     ]
     rendered: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids: list[int] = []
+    question = range(0)
     for mark, (_, content) in zip(marks, messages, strict=True):
         before, found, rendered = rendered.partition(mark)
         if not found:
             raise InputError("the chat template drops a message; check the order of the roles")
         ids += _encode_template(tokenizer, before)
-        ids += encode_text(tokenizer, content)
-    return ids + _encode_template(tokenizer, rendered)
+        part = encode_text(tokenizer, content)
+        question = range(len(ids), len(ids) + len(part))
+        ids += part
+    return ids + _encode_template(tokenizer, rendered), question
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:  # Any: transformers
@@ -65,7 +80,7 @@ def encode_example(tokenizer: Any, example: Example, max_len: int) -> TokenRow:
     Raises:
         InputError: the row is longer than `max_len` tokens.
     """
-    prompt = encode_prompt(tokenizer, example.messages)
+    prompt, question = _encode_chat(tokenizer, example.messages)
     completion = [*encode_text(tokenizer, example.completion), int(tokenizer.eos_token_id)]
     if len(prompt) + len(completion) > max_len:
         raise InputError(
@@ -74,7 +89,7 @@ def encode_example(tokenizer: Any, example: Example, max_len: int) -> TokenRow:
             id=example.id,
         )
     ids = np.array(prompt + completion, dtype=np.int64)
-    return TokenRow(id=example.id, ids_T=ids, num_prompt=len(prompt))
+    return TokenRow(id=example.id, ids_T=ids, num_prompt=len(prompt), question=question)
 
 
 def _encode_template(tokenizer: Any, text: str) -> list[int]:  # Any: transformers

@@ -77,7 +77,7 @@ def train(
         lr = learning_rate(step, len(batches), config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total, ce, kl, size = batch_loss(prepared, batch, config)
+        total, ce, kl, size = batch_loss(prepared, batch, config, step)
         if not torch.isfinite(total):
             raise TrainingError(f"loss is {total.item()} at step {step}; lower lr", step=step)
         optimizer.zero_grad(set_to_none=True)
@@ -153,12 +153,12 @@ def prepare(model: Any, sources: Sources, config: TrainConfig) -> Prepared:  # A
 
 
 def batch_loss(
-    prepared: Prepared, batch: Batch, config: TrainConfig
+    prepared: Prepared, batch: Batch, config: TrainConfig, step: int
 ) -> tuple[Tensor, float | None, float | None, int]:
     """Total loss, its two parts, and the number of tokens packed."""
     rows = [prepared.sources.parts[pick.source][pick.index] for pick in batch]
     kinds = [config.kl_scope if pick.source == GENERAL else "completion" for pick in batch]
-    packed = pack(rows, labels=kinds)
+    packed = pack(rows, labels=kinds, dropped=_dropped(rows, batch, config, step))
     logits_MV = prepared.split.logits(packed, _trunks(prepared, batch))
     is_general = np.array([pick.source == GENERAL for pick in batch])[packed.owner_M]
     total, ce, kl = logits_MV.new_zeros(()), None, None
@@ -171,6 +171,24 @@ def batch_loss(
         value = forward_kl(logits_MV[keep], _teacher_at(prepared, batch, packed))
         total, kl = total + config.kl_weight * value, value.item()
     return total, ce, kl, len(packed.ids_N)
+
+
+def _dropped(
+    rows: Sequence[TokenRow], batch: Batch, config: TrainConfig, step: int
+) -> list[frozenset[int]]:
+    """Question positions to leave out of each row; general rows stay whole for their teacher.
+
+    A row that is never asked twice in the same words is learned by what its wordings share.
+    """
+    random = np.random.default_rng((config.seed, step))
+    return [
+        frozenset(
+            at
+            for at, chance in zip(row.question, random.random(len(row.question)), strict=True)
+            if pick.source != GENERAL and chance < config.question_dropout
+        )
+        for row, pick in zip(rows, batch, strict=True)
+    ]
 
 
 def _trunks(prepared: Prepared, batch: Batch) -> list[Tensor] | None:

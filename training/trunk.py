@@ -112,5 +112,6 @@ def _rows_of(hidden_ND: Tensor, packed: Packed, rows: Sequence[TokenRow]) -> lis
 
 
 def _packed_of(trunks: Sequence[Tensor], packed: Packed) -> Tensor:
-    shared = int((packed.row_N == -1).sum())
-    return torch.cat([trunks[0][:shared], *(trunk[shared:] for trunk in trunks)])
+    row_N, source_N = torch.from_numpy(packed.row_N), torch.from_numpy(packed.source_N)
+    prefix = trunks[0][source_N[row_N == -1]]
+    return torch.cat([prefix, *(t[source_N[row_N == index]] for index, t in enumerate(trunks))])

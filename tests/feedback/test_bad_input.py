@@ -255,6 +255,8 @@ def test_bad_idempotency_key_is_refused(sqlite_client: TestClient, key: Any) -> 
         ("/v1/interactions?limit=201", 422),
         ("/v1/interactions?task=a%00b", 422),
         ("/v1/interactions?task=", 422),
+        ("/v1/interactions?tsk=support", 422),
+        ("/v1/feedback?task=support", 422),
         ("/v1/feedback?limit=NaN", 422),
         ("/nowhere", 404),
         ("/v1/feedback/batch/x", 404),

@@ -1,7 +1,6 @@
 import asyncio
 import json
 import shutil
-from collections import deque
 from contextlib import aclosing
 
 import pytest
@@ -317,12 +316,6 @@ def test_closing_tells_those_who_wait(tiny_dir):
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ModelMissingError, match=r"config\.json"):
         create_embedded_engine(tmp_path)
-
-
-def test_take_joining_of_nothing_is_nothing():
-    from perennial.serving.scheduler import take_joining
-
-    assert take_joining([], deque(), Limits()) == []
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 import httpx
 import openai
 import pytest
 from fastapi import FastAPI
+from starlette.applications import Starlette
+
 from perennial.infra.errors import AuthError
 from perennial.serving.embedded import create_embedded_engine
 from perennial.serving.engine import BASE, AdapterRef
@@ -14,7 +17,6 @@ from perennial.serving.gateway import GatewayDeps, create_gateway
 from perennial.serving.openai_upstream import OpenAIUpstream
 from perennial.serving.recorder import SpoolingRecorder
 from perennial.serving.scheduler import Limits
-
 from tests.serving.builders import (
     DOWN,
     FakeSink,
@@ -87,7 +89,12 @@ def test_the_official_client_gets_a_whole_answer(rig, client):
     assert (raw.headers["x-model-version"], raw.headers["x-route-role"]) == ("base", "base")
     (kept,) = rig.recorder.answers
     assert (kept.id, kept.completion) == (answer.id, answer.choices[0].message.content)
-    assert (kept.tenant, kept.subject, kept.session, kept.tags) == ("default", "u1", "s1", {"k": "v"})
+    assert (kept.tenant, kept.subject, kept.session, kept.tags) == (
+        "default",
+        "u1",
+        "s1",
+        {"k": "v"},
+    )
     assert kept.latency_ms > 0
 
 
@@ -330,10 +337,20 @@ def test_a_store_in_trouble_fails_no_answer(engine, tmp_path, trouble):
     assert recorder.health().num_refused == (5 if trouble == "full" else 0)
 
 
+def _app_over(upstream, rig):
+    @asynccontextmanager
+    async def lifespan(_app):
+        async with rig.gateway.running():
+            yield
+        await upstream.aclose()
+
+    return Starlette(routes=rig.gateway.routes(), lifespan=lifespan)
+
+
 def test_another_gateway_serves_as_upstream(rig, url):
     upstream = OpenAIUpstream(f"{url}/v1", base_model="support")
     front = Rig(upstream)
-    with serving_http(front.gateway.app()) as front_url, _client(front_url) as client:
+    with serving_http(_app_over(upstream, front)) as front_url, _client(front_url) as client:
         with _client(url) as direct:
             expected = direct.chat.completions.create(model="support", messages=HI, max_tokens=7)
         answer = client.chat.completions.create(model="support", messages=HI, max_tokens=7)
@@ -352,7 +369,7 @@ def test_an_upstream_that_is_away_is_503():
         free.bind(("127.0.0.1", 0))
         upstream = OpenAIUpstream(f"http://127.0.0.1:{free.getsockname()[1]}/v1", base_model="b")
         front = Rig(upstream)
-        with serving_http(front.gateway.app()) as url:
+        with serving_http(_app_over(upstream, front)) as url:
             body = {"model": "support", "messages": HI}
             answer = httpx.post(f"{url}/v1/chat/completions", json=body)
     assert answer.status_code == 503

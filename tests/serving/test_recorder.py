@@ -7,12 +7,12 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+
 from perennial.infra.clock import new_id
 from perennial.infra.errors import ConflictError, InputError, TooLargeError
 from perennial.serving.engine import ChatMessage
 from perennial.serving.recorder import Outcome, RecordedAnswer, SpoolingRecorder
 from perennial.serving.spool import Spool, read_segment
-
 from tests.serving.builders import DOWN, FakeSink, wait_until
 
 
@@ -47,9 +47,7 @@ def opened(tmp_path, sink):
     made = []
 
     def open_recorder(**options):
-        made.append(
-            SpoolingRecorder(sink, tmp_path / "spool", **{"retry_s": 0.02, **options})
-        )
+        made.append(SpoolingRecorder(sink, tmp_path / "spool", **{"retry_s": 0.02, **options}))
         return made[-1]
 
     yield open_recorder
@@ -149,7 +147,7 @@ KILLED = """
 
 
 def test_kill_9_loses_nothing_that_was_spooled(opened, sink, tmp_path):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))  # noqa: PTH120
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     code = textwrap.dedent(KILLED).format(root=root, folder=str(tmp_path / "spool"))
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None

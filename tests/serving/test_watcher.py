@@ -2,10 +2,10 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
+
 from perennial.infra.errors import IntegrityError, NotFoundError, UnavailableError
 from perennial.serving.engine import BASE, AdapterRef, Answer, EngineHealth, Finish
 from perennial.serving.watcher import LiveRoutes, RouteWatcher
-
 from tests.serving.builders import FakeSource
 
 V = [AdapterRef(name=f"support-v{i}-aa") for i in range(6)]
@@ -41,9 +41,7 @@ class FakeEngine:
         raise NotImplementedError
 
     def health(self):
-        return EngineHealth(
-            is_ready=True, loaded=(), num_running=0, num_waiting=0, max_waiting=1
-        )
+        return EngineHealth(is_ready=True, loaded=(), num_running=0, num_waiting=0, max_waiting=1)
 
 
 class Rig:

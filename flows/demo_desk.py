@@ -33,6 +33,25 @@ class Fact:
     supersedes: str | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Desk:
+    """The facts of both acts; `kept` are those of act 1 that act 2 does not replace."""
+
+    act1: tuple[Fact, ...]
+    act2: tuple[Fact, ...]
+
+    @property
+    def kept(self) -> tuple[Fact, ...]:
+        """Facts of act 1 that stay true."""
+        replaced = {fact.supersedes for fact in self.act2}
+        return tuple(fact for fact in self.act1 if fact.id not in replaced)
+
+    @property
+    def changed(self) -> tuple[Fact, ...]:
+        """Facts of act 2 that replace one of act 1."""
+        return tuple(fact for fact in self.act2 if fact.supersedes)
+
+
 def load_facts(act: Act) -> tuple[Fact, ...]:
     """The facts of one act, in file order."""
     rows = (json.loads(line) for line in _lines(FOLDER / f"{act}.jsonl"))

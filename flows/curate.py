@@ -1,0 +1,190 @@
+"""The rows of a round, as a folder of files that is either complete or absent.
+
+`train`, `replay` and `general` are trained on; `suites/` are judged on. `next_replay` and
+`next_judged` are what the round after this one starts from, if this one's candidate goes live.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perennial.flows.demo_desk import FOLDER, load_general
+from perennial.flows.detect import cutoff
+from perennial.flows.mapping import to_feedback_rows, to_limits
+from perennial.flows.wiring import Deps
+from perennial.infra.artifacts import Manifest, publish
+from perennial.registry.rounds import Round
+from perennial.training.compile import Compiled, compile_feedback
+from perennial.training.examples import Example, read_examples, write_examples
+from perennial.training.holdout import Holdout, split_holdout
+from perennial.training.replay import Contradiction, ReplayStore, contradicted, load_replay
+from perennial.training.text import fit_tfidf
+
+_NUM_REPLAYED_JUDGED = 24
+
+Row = dict[str, Any]  # Any: a suite row as JSON
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forgotten:
+    """A row of a past round and the new one that says otherwise."""
+
+    old: Example
+    by: Example
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curated:
+    """Everything that a round trains and is judged on."""
+
+    compiled: Compiled
+    new: Holdout
+    replay: ReplayStore
+    judged: tuple[Example, ...]
+    forgotten: tuple[Forgotten, ...]
+
+
+def curate(deps: Deps, round_: Round, folder: Path) -> Manifest:
+    """`folder` with the rows of the round; what came after it was opened is left to the next."""
+    deps.feedback.horizon()
+    since = cutoff(deps, round_.task)
+    judged = deps.feedback.feedback_between(round_.task, since, round_.opened_at)
+    compiled = compile_feedback(to_feedback_rows(judged), to_limits(deps.settings.training))
+    curated = _against_the_past(deps, round_, compiled)
+    return publish(folder, lambda partial: _write(deps, round_, curated, partial))
+
+
+def data_folder(deps: Deps, round_id: str) -> Path:
+    """Where the rows of a round are."""
+    return deps.settings.home / "rounds" / round_id / "data"
+
+
+def _against_the_past(deps: Deps, round_: Round, compiled: Compiled) -> Curated:
+    """New rows apart from those to judge by, and the past without what they contradict."""
+    settings = deps.settings.training
+    champion = deps.champions.current(round_.task)
+    replay = ReplayStore(capacity=settings.replay_rows, seed=0)
+    judged: tuple[Example, ...] = ()
+    if champion is not None:
+        past = data_folder(deps, deps.versions.get(champion.version).round_id)
+        replay = load_replay(past / "next_replay.jsonl")
+        judged = read_examples(past / "next_judged.jsonl")
+    gone = contradicted((*replay.rows, *judged), compiled.examples, Contradiction())
+    ids = {row.id for row in gone}
+    return Curated(
+        compiled=compiled,
+        new=split_holdout(compiled.examples, settings.holdout),
+        replay=replay.supersede(compiled.examples),
+        judged=tuple(row for row in judged if row.id not in ids),
+        forgotten=_forgotten(gone, compiled.examples),
+    )
+
+
+def _forgotten(gone: Sequence[Example], new: Sequence[Example]) -> tuple[Forgotten, ...]:
+    tfidf = fit_tfidf([f"{row.question} {row.completion}" for row in (*gone, *new)])
+
+    def nearest(old: Example) -> Example:
+        text = f"{old.question} {old.completion}"
+        return max(new, key=lambda row: tfidf.similarity(text, f"{row.question} {row.completion}"))
+
+    return tuple(Forgotten(old=old, by=nearest(old)) for old in gone)
+
+
+def _write(deps: Deps, round_: Round, curated: Curated, folder: Path) -> None:
+    settings = deps.settings.training
+    general = load_general(settings.general_file or FOLDER / "general_replay.jsonl")
+    probe = load_general(settings.probe_file or FOLDER / "general_probe.jsonl")
+    files = {
+        "train": curated.new.train,
+        "replay": curated.replay.rows,
+        "general": [_general(i, *pair) for i, pair in enumerate(general)],
+        "next_judged": (*curated.judged, *_of_round(curated.new.judge, round_.id)),
+    }
+    for name, rows in files.items():
+        write_examples(folder / f"{name}.jsonl", rows)
+    curated.replay.add(curated.new.train, round_.id).save(folder / "next_replay.jsonl")
+    for name, suite in _suites(deps, round_, curated, probe).items():
+        _write_rows(folder / "suites" / f"{name}.jsonl", suite)
+    (folder / "diff.md").write_text(_diff(round_, curated), encoding="utf-8")
+    counts = {"dropped": {k.value: n for k, n in curated.compiled.num_dropped.items()}}
+    counts["rows"] = {name: len(rows) for name, rows in files.items()}
+    (folder / "counts.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
+
+
+def _suites(
+    deps: Deps, round_: Round, curated: Curated, probe: Sequence[tuple[str, str]]
+) -> Mapping[str, Sequence[Row]]:
+    """Rows to judge on by suite: one for each round, the retrained, the contradicted, general.
+
+    A suite with too few rows to say anything is left out, except the target, whose lack the gate
+    reports.
+    """
+    suites: dict[str, list[Row]] = {}
+    for example in curated.judged:
+        suites.setdefault(_suite_name(deps, example.round_id), []).append(_row(example))
+    replayed = curated.replay.rows
+    sample = replayed[:: max(1, len(replayed) // _NUM_REPLAYED_JUDGED)][:_NUM_REPLAYED_JUDGED]
+    suites["replayed"] = [_row(example) for example in sample]
+    suites["stale"] = [_stale_row(item) for item in curated.forgotten]
+    suites["general"] = [_row(_general(i, *pair), rule="none") for i, pair in enumerate(probe)]
+    enough = {n: rows for n, rows in suites.items() if len(rows) >= deps.settings.gate.min_rows}
+    return {**enough, f"round-{round_.number}": [_row(e) for e in curated.new.judge]}
+
+
+def _suite_name(deps: Deps, round_id: str | None) -> str:
+    return f"round-{deps.ledger.get(round_id).number}" if round_id else "round-0"
+
+
+def _row(example: Example, rule: str = "contains") -> Row:
+    return {
+        "id": example.id,
+        "messages": [list(turn) for turn in example.messages],
+        "reference": example.completion,
+        "rule": rule,
+        "cluster": example.subject or example.id,
+    }
+
+
+def _stale_row(item: Forgotten) -> Row:
+    """The old question, to which the new answer is right and the old one must not be given."""
+    return {
+        **_row(item.old),
+        "id": f"{item.old.id}-stale",
+        "reference": item.by.completion,
+        "forbid": [item.old.completion],
+    }
+
+
+def _general(index: int, prompt: str, answer: str) -> Example:
+    return Example(
+        id=f"general-{index}", messages=(("user", prompt),), completion=answer, kind="general"
+    )
+
+
+def _of_round(examples: Sequence[Example], round_id: str) -> tuple[Example, ...]:
+    return tuple(replace(example, round_id=round_id) for example in examples)
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _diff(round_: Round, curated: Curated) -> str:
+    """What this round adds, keeps and forgets, for a person."""
+    dropped = ", ".join(f"{n} {k.value}" for k, n in curated.compiled.num_dropped.items()) or "none"
+    parts = [
+        f"# Training rows of round {round_.number}\n",
+        f"{len(curated.new.train)} new, {len(curated.new.judge)} new kept apart to judge by, "
+        f"{len(curated.replay.rows)} kept for replay, {len(curated.forgotten)} forgotten "
+        f"because contradicted. Dropped feedback: {dropped}.\n",
+        "## Forgotten\n",
+        *(f"- {s.old.question} → ~~{s.old.completion}~~ {s.by.completion}"
+          for s in curated.forgotten),
+        "\n## Added\n",
+        *(f"- {e.question} → {e.completion}" for e in curated.new.train),
+    ]  # fmt: skip
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,240 @@
+"""What a candidate is judged on: files to rows, rows to a verdict, all of it to MLflow."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from perennial.flows.mapping import to_rules, token_f1
+from perennial.flows.steps import Json
+from perennial.flows.wiring import Deps
+from perennial.registry.card import Card, render_card, render_description
+from perennial.registry.evaluations import Evaluation
+from perennial.registry.gate import (
+    GateEvidence,
+    Promote,
+    RowScore,
+    Suite,
+    SuiteKind,
+    Verdict,
+    judge,
+)
+from perennial.registry.plots import LossPoint, plot_gain, plot_loss, plot_r_matrix
+from perennial.registry.rounds import Round, RoundState
+from perennial.registry.versions import ModelVersion
+from perennial.training.grading import EvalRow, read_suite
+from perennial.training.progress import read_progress
+
+CHAMPION, CANDIDATE = "champion", "candidate"
+_KINDS = {"stale": SuiteKind.FORBID, "general": SuiteKind.NLL}
+_NUM_SAMPLES = 8
+
+
+def read_rows(
+    out: Path, suites: Path, round_id: str, names: Mapping[str, str]
+) -> Iterator[Evaluation]:
+    """The results of an evaluation process as rows for the store, scored in [0, 1]."""
+    for model, version in names.items():
+        for path in sorted((out / model).glob("*.jsonl")):
+            asked = {row.id: row for row in read_suite(suites / path.name)}
+            for line in path.read_text(encoding="utf-8").splitlines():
+                result = json.loads(line)
+                yield Evaluation(
+                    round_id=round_id,
+                    suite=path.stem,
+                    version=version,
+                    row_id=result["id"],
+                    cluster=result["cluster"],
+                    score=_score(asked[result["id"]], result["answer"]),
+                    nll=result["nll"],
+                    answer=result["answer"],
+                )
+
+
+def verdict(
+    deps: Deps, round_: Round, version: ModelVersion, *, scored_against: str | None
+) -> Verdict:
+    """The gate's verdict over the stored scores."""
+    live = deps.champions.current(round_.task)
+    rows = deps.evaluations.rows(round_.id)
+    target = f"round-{round_.number}"
+    champion = scored_against or "base"
+    suites = [
+        _suite(name, target, [row for row in rows if row.suite == name], champion, version.name)
+        for name in sorted({row.suite for row in rows})
+    ]
+    return judge(
+        GateEvidence(
+            task=round_.task,
+            candidate=version.name,
+            champion=scored_against,
+            champion_now=live.version if live else None,
+            suites=tuple(suites),
+            attempt=_attempt(deps, round_),
+        ),
+        to_rules(deps.settings.gate),
+    )
+
+
+def to_json(decided: Verdict) -> Json:
+    """A verdict as JSON, for the ledger."""
+    return {
+        "verdict": "promote" if isinstance(decided, Promote) else "reject",
+        "reasons": [
+            {"code": r.code, "is_met": r.is_met, "sentence": r.sentence} for r in decided.reasons
+        ],
+    }
+
+
+def publish(deps: Deps, round_: Round, version: ModelVersion, folder: Path) -> Json:
+    """Run, parameters, curves, plots, report, rows and version in MLflow; safe to run again."""
+    store = deps.mlflow()
+    run = store.ensure_run(round_.task, round_.id, {"version": version.name})
+    trained = json.loads((folder / "train" / "summary.json").read_bytes())
+    store.log_params(run, trained["config"])
+    progress = read_progress(folder / "train" / "progress.jsonl")
+    store.log_curve(run, "loss", [(row.step, row.loss) for row in progress])
+    champion = version.parent
+    decided = verdict(deps, round_, version, scored_against=champion)
+    rows = deps.evaluations.rows(round_.id)
+    card = Card(
+        version=version,
+        champion=champion,
+        reason=round_.reason,
+        verdict=decided,
+        recipe=trained["config"],
+        examples=trained["num_rows"],
+        samples=_samples(deps, folder, round_, version, rows),
+    )
+    for name, content in (
+        ("model_card.md", render_card(card).encode()),
+        ("plots/loss.png", _loss_plot(folder, version)),
+        ("plots/gain_and_retention.png", plot_gain(decided.comparisons, version.name)),
+        ("plots/r_matrix.png", _r_matrix(deps, round_)),
+        ("evaluation_rows.jsonl", _lines(rows)),
+    ):
+        store.log_bytes(run, name, content)
+    store.log_file(run, folder / "data" / "diff.md", "training_rows")
+    for comparison in decided.comparisons:
+        store.log_curve(run, f"{comparison.suite}/after", [(0, comparison.after.estimate)])
+        store.log_curve(run, f"{comparison.suite}/before", [(0, comparison.before.estimate)])
+    if (report := _report(deps, round_)) is not None:
+        store.log_file(run, report, "drift")
+    is_promote = isinstance(decided, Promote)
+    tags = {"gate": "promote" if is_promote else "reject"}
+    shown = store.register(run, version, render_description(card), tags)
+    store.finish_run(run, is_success=True)
+    return {"run": run.url, "version": shown.url, **to_json(decided)}
+
+
+def _score(asked: EvalRow, answer: str | None) -> float | None:
+    """Word overlap with the wanted answer; on a contradicted row, 1 if the old answer is nearer."""
+    if asked.rule == "none" or answer is None:
+        return None
+    wanted = token_f1(answer, asked.reference)
+    if not asked.forbid:
+        return wanted
+    return float(max(token_f1(answer, old) for old in asked.forbid) >= max(wanted, 0.5))
+
+
+def _suite(
+    name: str, target: str, rows: Sequence[Evaluation], champion: str, candidate: str
+) -> Suite:
+    kind = SuiteKind.TARGET if name == target else _KINDS.get(name, SuiteKind.RETENTION)
+
+    def scores(version: str) -> tuple[RowScore, ...]:
+        return tuple(
+            RowScore(
+                row_id=row.row_id,
+                cluster=row.cluster,
+                score=row.nll if kind is SuiteKind.NLL else row.score,
+            )
+            for row in rows
+            if row.version == version
+        )
+
+    return Suite(name=name, kind=kind, candidate=scores(candidate), champion=scores(champion))
+
+
+def _attempt(deps: Deps, round_: Round) -> int:
+    """Which candidate this is since the last promotion: holdouts overlap between them."""
+    rounds = [r for r in deps.ledger.list_rounds(round_.task) if r.number < round_.number]
+    attempt = 1
+    for earlier in sorted(rounds, key=lambda r: r.number, reverse=True):
+        if earlier.state is not RoundState.REJECTED:
+            break
+        attempt += 1
+    return attempt
+
+
+def _samples(
+    deps: Deps,
+    folder: Path,
+    round_: Round,
+    version: ModelVersion,
+    rows: Sequence[Evaluation],
+) -> list[tuple[str, str, str]]:
+    target = f"round-{round_.number}"
+    asked = read_suite(folder / "data" / "suites" / f"{target}.jsonl")
+    said = {(row.version, row.row_id): row.answer or "" for row in rows if row.suite == target}
+    before = version.parent or "base"
+    return [
+        (row.messages[-1][1], said.get((before, row.id), ""), said.get((version.name, row.id), ""))
+        for row in asked[:_NUM_SAMPLES]
+    ]
+
+
+def _loss_plot(folder: Path, version: ModelVersion) -> bytes:
+    progress = read_progress(folder / "train" / "progress.jsonl")
+    points = [LossPoint(step=row.step, train=row.loss) for row in progress]
+    return plot_loss(points, f"Training loss of {version.name}")
+
+
+def _r_matrix(deps: Deps, round_: Round) -> bytes:
+    """Mean score on each round's judged rows after each round, from the stored rows."""
+    rounds = sorted(
+        (r for r in deps.ledger.list_rounds(round_.task) if r.number <= round_.number),
+        key=lambda r: r.number,
+    )
+    tasks = [f"round-{r.number}" for r in rounds]
+    scores = []
+    for after in rounds:
+        rows = deps.evaluations.rows(after.id)
+        candidate = {r.version for r in rows} - {_scored_against(deps, after)}
+        scores.append(
+            [_mean([r.score for r in rows if r.suite == task and r.version in candidate])
+             for task in tasks]
+        )  # fmt: skip
+    return plot_r_matrix(scores, [f"after {task}" for task in tasks], tasks)
+
+
+def _scored_against(deps: Deps, round_: Round) -> str:
+    made = [v for v in deps.versions.list_versions(round_.task) if v.round_id == round_.id]
+    return (made[0].parent if made else None) or "base"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _lines(rows: Sequence[Evaluation]) -> bytes:
+    def row(item: Evaluation) -> dict[str, Any]:  # Any: JSON
+        return {
+            "suite": item.suite,
+            "version": item.version,
+            "row_id": item.row_id,
+            "cluster": item.cluster,
+            "score": item.score,
+            "nll": item.nll,
+            "answer": item.answer,
+        }
+
+    return "".join(json.dumps(row(r), ensure_ascii=False) + "\n" for r in rows).encode()
+
+
+def _report(deps: Deps, round_: Round) -> Path | None:
+    """The Evidently report of the newest check before the round."""
+    checks = deps.checks.list_checks(round_.task, limit=50)
+    paths = (c.report_path for c in checks if c.created_at <= round_.opened_at)
+    return next((path for path in paths if path is not None and path.exists()), None)

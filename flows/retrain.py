@@ -1,0 +1,215 @@
+"""A round up to its verdict: curate → train → evaluate → gate → register. The flow `retrain`.
+
+Each step is done once for its inputs; the result of each is a small JSON document in the ledger.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+
+from perennial.flows import evidence
+from perennial.flows.curate import curate, data_folder
+from perennial.flows.processes import run_training_process
+from perennial.flows.steps import Json, Steps, digest, leased, transient_task
+from perennial.flows.wiring import Deps, connect
+from perennial.infra.artifacts import read_manifest, sha256_file, write_atomic
+from perennial.infra.errors import NotFoundError
+from perennial.monitoring.check_store import StoredCheck
+from perennial.registry.rounds import Round, RoundState
+from perennial.registry.version_store import Member
+from perennial.registry.versions import ModelVersion, NewVersion
+from perennial.training.examples import read_examples
+
+
+@flow(name="retrain")
+def retrain(task_name: str) -> str:
+    """Take the open round of a task up to its verdict."""
+    with connect() as deps:
+        current = deps.ledger.current(task_name)
+        if current is None:
+            raise NotFoundError(f"task {task_name} has no open round; `perennial check` opens one")
+        retrain_round(deps, current)
+        return current.id
+
+
+def open_round(deps: Deps, check: StoredCheck) -> Round:
+    """The round that a check calls for; the same check opens it once."""
+    reason = "; ".join(reason.text for reason in check.reasons)
+    return deps.ledger.open_round(check.task, reason, digest({"check": check.id}))
+
+
+def retrain_round(deps: Deps, round_: Round) -> None:
+    """Do what is left of a round up to its verdict; a closed round is left alone."""
+    if deps.ledger.get(round_.id).state is not RoundState.OPEN:
+        return
+    with leased(deps.ledger, round_.id, deps.settings.home) as steps:
+        data = curate_rows(deps, steps, round_)
+        trained = train_adapter(deps, steps, round_, data)
+        version = name_version(deps, round_, data, trained)
+        scored = evaluate_models(deps, steps, round_, data, version)
+        verdict = judge_candidate(deps, steps, round_, scored, version)
+        register_version(deps, steps, round_, verdict, version)
+
+
+def round_summary(deps: Deps, round_id: str) -> str:
+    """A round in Markdown, for the Prefect page."""
+    round_ = deps.ledger.get(round_id)
+    reasons = "\n".join(f"- {reason}" for reason in round_.reasons)
+    steps = ", ".join(deps.ledger.steps(round_id))
+    return (
+        f"## Round {round_.number}: {round_.state.value}\n\nBegun because: {round_.reason}\n\n"
+        f"{reasons}\n\nSteps done: {steps}\n\n[MLflow]({deps.settings.mlflow_url})\n"
+    )
+
+
+@transient_task("curate")
+def curate_rows(deps: Deps, steps: Steps, round_: Round) -> Json:
+    """The digest of the round's rows."""
+
+    def work() -> Json:
+        manifest = curate(deps, round_, data_folder(deps, round_.id))
+        counts = json.loads((data_folder(deps, round_.id) / "counts.json").read_bytes())
+        return {"digest": manifest.digest, **counts}
+
+    return steps.once("curate", {"round": round_.id}, work)
+
+
+@transient_task("train")
+def train_adapter(deps: Deps, steps: Steps, round_: Round, data: Json) -> Json:
+    """The digest of the adapter that was trained on the rows."""
+    champion = deps.champions.current(round_.task)
+    inputs = {
+        "data": data["digest"],
+        "parent": champion.version if champion else None,
+        "overrides": deps.settings.training.overrides,
+        "base_model": deps.settings.model.name,
+    }
+
+    def work() -> Json:
+        folder, rows = _folder(deps, round_) / "train", data_folder(deps, round_.id)
+        job = {
+            **_model(deps),
+            "parent_adapter": str(champion.adapter_path) if champion else None,
+            "train_rows": str(rows / "train.jsonl"),
+            "replay_rows": str(rows / "replay.jsonl"),
+            "general_rows": str(rows / "general.jsonl"),
+            "config": deps.settings.training.overrides,
+        }
+        _run(deps, "train", job, folder)
+        summary: Json = json.loads((folder / "summary.json").read_bytes())
+        return summary
+
+    return steps.once("train", inputs, work)
+
+
+@transient_task("name")
+def name_version(deps: Deps, round_: Round, data: Json, trained: Json) -> ModelVersion:
+    """The candidate's version: its name is fixed from here on."""
+    champion = deps.champions.current(round_.task)
+    new = NewVersion(
+        task=round_.task,
+        adapter_digest=trained["adapter_digest"],
+        adapter_path=_folder(deps, round_) / "train" / "adapter",
+        base_digest=_base_digest(deps),
+        round_id=round_.id,
+        parent=champion.version if champion else None,
+        dataset_digest=data["digest"],
+    )
+    rows = data_folder(deps, round_.id)
+    members = {
+        event: Member(event_id=event, subject=example.subject)
+        for name in ("train", "replay")
+        for example in read_examples(rows / f"{name}.jsonl")
+        for event in example.event_ids
+    }
+    return deps.versions.register(new, members.values())
+
+
+@transient_task("evaluate")
+def evaluate_models(
+    deps: Deps, steps: Steps, round_: Round, data: Json, version: ModelVersion
+) -> Json:
+    """What candidate and champion scored on the same rows in the same run."""
+    champion = deps.champions.current(round_.task)
+    live = champion.version if champion else None
+    inputs = {"data": data["digest"], "candidate": version.name, "champion": live}
+
+    def work() -> Json:
+        out = _folder(deps, round_) / f"evaluation-{digest(inputs)[:12]}"
+        suites = data_folder(deps, round_.id) / "suites"
+        job = {
+            **_model(deps),
+            "adapters": {
+                evidence.CHAMPION: str(champion.adapter_path) if champion else None,
+                evidence.CANDIDATE: str(version.adapter_path),
+            },
+            "suites": {path.stem: str(path) for path in sorted(suites.glob("*.jsonl"))},
+        }
+        if not (out / "summary.json").exists():
+            _run(deps, "evaluate", job, out)
+        names = {evidence.CHAMPION: live or "base", evidence.CANDIDATE: version.name}
+        deps.evaluations.add(evidence.read_rows(out, suites, round_.id, names))
+        return {"champion": live, "digest": sha256_file(out / "summary.json")}
+
+    return steps.once("evaluate", inputs, work)
+
+
+@transient_task("gate")
+def judge_candidate(
+    deps: Deps, steps: Steps, round_: Round, scored: Json, version: ModelVersion
+) -> Json:
+    """The verdict over the stored scores, with its reasons."""
+    live = deps.champions.current(round_.task)
+    inputs = {**scored, "candidate": version.name, "now": live.version if live else None}
+    return steps.once(
+        "gate",
+        inputs,
+        lambda: evidence.to_json(
+            evidence.verdict(deps, round_, version, scored_against=scored["champion"])
+        ),
+    )
+
+
+@transient_task("register")
+def register_version(
+    deps: Deps, steps: Steps, round_: Round, verdict: Json, version: ModelVersion
+) -> Json:
+    """The version in MLflow with its evidence, for a reviewer to decide from."""
+    inputs = {"version": version.name, "verdict": digest(verdict)}
+    folder = _folder(deps, round_)
+    return steps.once("register", inputs, lambda: evidence.publish(deps, round_, version, folder))
+
+
+def _folder(deps: Deps, round_: Round) -> Path:
+    return deps.settings.home / "rounds" / round_.id
+
+
+def _model(deps: Deps) -> Json:
+    settings = deps.settings.model
+    return {
+        "base_model": settings.name,
+        "cache_dir": str(settings.cache_dir),
+        "num_threads": settings.threads or None,
+    }
+
+
+def _run(deps: Deps, command: Any, job: Json, out: Path) -> None:  # Any: a Literal
+    path = out.parent / f"{out.name}.json"
+    write_atomic(path, json.dumps(job, indent=1).encode())
+    say: Callable[[str], None] = get_run_logger().info
+    run_training_process(command, path, out, deps.settings, on_line=say)
+
+
+def _base_digest(deps: Deps) -> str:
+    """Of the folder with the weights: its manifest's, or that of its files."""
+    settings = deps.settings.model
+    folder = Path(settings.name) if Path(settings.name).is_dir() else (
+        settings.cache_dir / settings.name
+    )  # fmt: skip
+    if (folder / "manifest.json").exists():
+        return read_manifest(folder).digest
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors"))
+    return digest({"name": settings.name, "files": [sha256_file(p) for p in files]})

@@ -1,0 +1,70 @@
+"""The training loop without speed: read it to know what `trainer` computes.
+
+Each row runs alone through the whole model, nothing is packed, shared or cached. A test holds both
+to equal losses. It trains no question dropout and writes no checkpoint.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from perennial.training.config import TrainConfig
+from perennial.training.tokens import TokenRow
+from perennial.training.trainer import GENERAL, Sources, learning_rate, plan
+
+
+def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[float]:  # Any: peft
+    """The loss of each step; `model` holds the trained adapter afterwards."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
+    batches = plan(sources, config)
+    losses = []
+    for step, batch in enumerate(batches, start=1):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches), config)
+        labelled, distilled = [], []
+        for pick in batch:
+            row = sources.parts[pick.source][pick.index]
+            if pick.source == GENERAL:
+                distilled.append(kl_to_base(model, row, config.kl_top_k))
+            else:
+                labelled.append(completion_losses(model, row))
+        loss = torch.zeros(())
+        if labelled:
+            loss = loss + torch.cat(labelled).mean()
+        if distilled:
+            loss = loss + config.kl_weight * torch.cat(distilled).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch
+        torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(math.isfinite(loss) for loss in losses)
+    return losses
+
+
+def completion_losses(model: Any, row: TokenRow) -> Tensor:  # Any: peft
+    """Negative log-likelihood of each completion token."""
+    return functional.cross_entropy(
+        completion_logits(model, row), torch.from_numpy(row.ids_T[row.num_prompt :]), reduction="none"
+    )
+
+
+def kl_to_base(model: Any, row: TokenRow, k: int) -> Tensor:  # Any: peft
+    """KL of the base's top k tokens and one bucket for the rest, at each completion token."""
+    with torch.no_grad(), model.disable_adapter():
+        base = torch.log_softmax(completion_logits(model, row), dim=-1)
+    ours = torch.log_softmax(completion_logits(model, row), dim=-1)
+    p, tokens = base.topk(min(k, base.shape[-1]), dim=-1)
+    q = ours.gather(-1, tokens)
+    p_rest = (1 - p.exp().sum(-1)).clamp_min(1e-6)
+    q_rest = (1 - q.exp().sum(-1)).clamp_min(1e-6)
+    return (p.exp() * (p - q)).sum(-1) + p_rest * (p_rest / q_rest).log()
+
+
+def completion_logits(model: Any, row: TokenRow) -> Tensor:  # Any: peft
+    """Logits at the positions that predict the completion."""
+    logits: Tensor = model(input_ids=torch.from_numpy(row.ids_T)[None]).logits[0]
+    return logits[row.num_prompt - 1 : -1]
