@@ -1,12 +1,12 @@
 """The HTTP API of the feedback component.
 
 `create_app` puts routes, errors, limits and metrics around a `FeedbackStore`. A 201 is sent after
-the commit, never before. Other ASGI apps (the gateway) can answer paths of the same app; which
-store and which authentication are used is left to the wiring.
+the commit, never before. The wiring chooses store and authentication, and may add routes of its
+own (the gateway's), which then share the errors, request ids and metrics.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Annotated
 
@@ -14,8 +14,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request, R
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
-from starlette.routing import Route
-from starlette.types import ASGIApp, Lifespan
+from starlette.types import Lifespan
 
 from perennial.feedback.batch import to_replies, to_submissions
 from perennial.feedback.keys import Authenticate, Principal, Scope
@@ -52,16 +51,11 @@ from perennial.infra.errors import ForbiddenError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiDeps:
-    """What the app stands on.
-
-    `mounts` are other ASGI apps by the path they answer, such as the gateway at
-    `/v1/chat/completions`; they see the whole path. `lifespan` runs around the app.
-    """
+    """What the app stands on; `lifespan` runs around it."""
 
     store: FeedbackStore
     authenticate: Authenticate
     clock: Clock = utc_now
-    mounts: Mapping[str, ASGIApp] = field(default_factory=dict)
     lifespan: Lifespan[FastAPI] | None = None
 
 
@@ -77,8 +71,6 @@ def create_app(deps: ApiDeps) -> FastAPI:
     app.state.deps = deps
     app.state.metrics = Metrics()
     app.include_router(_router)
-    for path, mounted in deps.mounts.items():
-        app.router.routes.append(Route(path, endpoint=mounted, include_in_schema=False))
     handle_errors(app)
     describe(app, Problem, InteractionBody, FeedbackBody, BatchBody, BatchItemBody)
     app.add_middleware(Observe, metrics=app.state.metrics)

@@ -86,10 +86,19 @@ class Observe:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = _route(scope)
             method = scope["method"] if route != "unmatched" else "any"
             self._metrics.requests.labels(route, method, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - start)
+
+
+def _route(scope: Scope) -> str:
+    """The template of the matched route; only FastAPI's own routes write theirs into the scope."""
+    if "route" in scope:
+        return str(scope["route"].path)
+    endpoint = scope.get("endpoint")
+    known = (r for r in scope["app"].routes if endpoint and getattr(r, "endpoint", 0) is endpoint)
+    return str(getattr(next(known, None), "path", "unmatched"))
 
 
 def _request_id(scope: Scope) -> str:

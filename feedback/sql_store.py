@@ -261,7 +261,7 @@ def _as_pending(item: Feedback, now: datetime) -> Feedback:
     return replace(item, received_at=now, status="pending", interaction_id=None, joined_at=None)
 
 
-def _target_query(row: FeedbackRow) -> Select[InteractionRow]:
+def _target_query(row: FeedbackRow) -> Select[tuple[InteractionRow]]:
     query = select(InteractionRow).filter_by(tenant=row.tenant)
     if row.target_interaction_id is not None:
         return query.filter_by(id=row.target_interaction_id)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -30,14 +30,15 @@ LEASE_S = 60.0
 RETRY_DELAYS_S = (2, 5, 15, 30, 60, 60, 60, 60)
 
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def transient_task(name: str) -> Callable[[F], F]:
+def transient_task(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A Prefect task that is tried again while a store or server is away; nothing is cached."""
 
-    def decorate(work: F) -> F:
-        wrapped: F = task(
+    def decorate(work: Callable[P, R]) -> Callable[P, R]:
+        return task(
             name=name,
             retries=len(RETRY_DELAYS_S),
             retry_delay_seconds=list(RETRY_DELAYS_S),
@@ -45,7 +46,6 @@ def transient_task(name: str) -> Callable[[F], F]:
             cache_policy=NO_CACHE,
             persist_result=False,
         )(work)
-        return wrapped
 
     return decorate
 

@@ -32,7 +32,7 @@ _MAX_BACKOFF_S = 15.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Service:
-    """One child process; `ready_url` answers 2xx once it is up, empty means at once."""
+    """One child process; `ready_url` answers 2xx once it is up, empty for what is no server."""
 
     name: str
     argv: Sequence[str]
@@ -55,18 +55,22 @@ class Supervisor:
         self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self, on_ready: Callable[[str], None] = lambda _: None) -> None:
-        """Start every service and return when all are ready.
+        """Start the servers together, the other services when they are ready, and return.
 
         Raises:
             UnavailableError: a service did not become ready; the end of its log is quoted.
         """
         self._stop_leftovers()
-        for service in self._services:
+        servers = [service for service in self._services if service.ready_url]
+        for service in servers:
             self._launch(service)
         self._watcher.start()
-        for service in self._services:
+        for service in servers:
             self._wait_ready(service)
             on_ready(service.name)
+        for service in self._services:
+            if service not in servers:
+                self._launch(service)
 
     def stop(self) -> None:
         """Stop the services in reverse order: SIGTERM, and SIGKILL after ten seconds."""
@@ -134,7 +138,8 @@ class Supervisor:
                 self._revive(service)
 
     def _revive(self, service: Service) -> None:
-        code = self._children[service.name].poll()
+        child = self._children.get(service.name)
+        code = None if child is None else child.poll()
         if code is None:
             return
         now = time.monotonic()

@@ -14,6 +14,7 @@ from sqlalchemy import DateTime, Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
@@ -62,22 +63,18 @@ class Database:
         if self.dialect not in ("sqlite", "postgresql"):
             raise ConfigError(f"database must be sqlite or postgresql, got {self.dialect}")
         self.engine = _make_engine(parsed)
+        # A connection of its own kind: one that a pool hands on must never have lost its writing.
+        self._readers = self.engine if self.dialect != "sqlite" else _make_engine(parsed)
+        if self._readers is not self.engine:
+            event.listen(self._readers, "connect", _refuse_writes)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session whose writes are refused by the database."""
-        with _as_unavailable(), Session(self.engine) as session:
-            if self.dialect == "sqlite":
-                session.execute(text("PRAGMA query_only=ON"))
-            else:
+        with _as_unavailable(), Session(self._readers) as session:
+            if self.dialect == "postgresql":
                 session.execute(text("SET TRANSACTION READ ONLY"))
-            try:
-                yield session
-            finally:
-                session.rollback()
-                if self.dialect == "sqlite":
-                    session.execute(text("PRAGMA query_only=OFF"))
-                    session.rollback()
+            yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -91,6 +88,7 @@ class Database:
     def dispose(self) -> None:
         """Close pooled connections."""
         self.engine.dispose()
+        self._readers.dispose()
 
 
 def create_all(database: Database) -> None:
@@ -123,9 +121,17 @@ def _prepare_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None
     cursor.close()
 
 
+def _refuse_writes(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA query_only=ON")
+    cursor.close()
+
+
 @contextmanager
 def _as_unavailable() -> Iterator[None]:
     try:
         yield
+    except PoolTimeoutError as error:
+        raise UnavailableError("all connections to the database are in use") from error
     except (OperationalError, InterfaceError) as error:
         raise UnavailableError(f"the database did not answer: {error.orig}") from error

@@ -82,16 +82,18 @@ def plot_gain(comparisons: Sequence[Comparison], title: str) -> bytes:
         _dress(axes)
     labels = [f"{c.suite}\n({c.kind}, n = {c.num_rows})" for c in scored]
     left.set_yticks(range(len(scored)), labels)
-    left.set_ylim(len(scored) - 0.5, -0.5)
+    left.set_ylim(max(1, len(scored)) - 0.5, -0.5)
     for place, item in enumerate(scored):
         _draw_means(left, place, item)
         _draw_difference(right, place, item)
-    left.set_xlim(0, 1)
+    left.set_xlim(-0.03, 1.03)
+    right.set_xlim(-1.05, 1.05)
+    right.set_xticks((-1, -0.5, 0, 0.5, 1))
     left.set_xlabel("mean score, 95% interval")
     right.axvline(0, color=_INK, linewidth=1)
     right.set_xlabel("candidate minus champion, bounds used by the gate")
     for axes in (left, right):
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}".replace("-", "−"))
         axes.grid(axis="x", color=_GRID)
     if scored:
         left.legend(*_unique_legend(left), frameon=False, loc="upper center",
@@ -116,13 +118,15 @@ def _draw_difference(axes: Axes, place: int, item: Comparison) -> None:
     axes.plot(item.difference.estimate, place, "D", color=colour, markersize=8)
     verdict = "demand met" if item.is_met else "demand not met"
     axes.annotate(
-        f"{item.difference.estimate:+.0%}  {verdict}",
+        f"{item.difference.estimate:+.0%}  {verdict}".replace("-", "−"),
         (item.difference.estimate, place),
         xytext=(0, 10),
         textcoords="offset points",
-        ha="center",
+        # Towards the middle, so that a large difference keeps its label inside.
+        ha="right" if item.difference.estimate > 0 else "left",
         color=colour,
         fontsize=10,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )
 
 

@@ -103,7 +103,9 @@ def _refusal(row: FeedbackRow, limits: CompileLimits) -> Drop | None:
         return Drop.NO_CONSENT
     if row.kind not in _KINDS:
         return Drop.UNSUPPORTED_KIND
-    if not words(row.text) or not any(role == "user" and words(text) for role, text in row.messages):
+    if not words(row.text) or not any(
+        role == "user" and words(text) for role, text in row.messages
+    ):
         return Drop.EMPTY
     num_chars = sum(len(content) for _, content in row.messages)
     if num_chars > limits.max_prompt_chars or len(row.text) > limits.max_answer_chars:

@@ -181,7 +181,5 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Te
 
 
 def _encoded(tokenizer: Any, row: EvalRow, max_len: int) -> TokenRow:  # Any: transformers
-    example = Example(
-        id=row.id, messages=row.messages, completion=row.reference, kind="general"
-    )
+    example = Example(id=row.id, messages=row.messages, completion=row.reference, kind="general")
     return encode_example(tokenizer, example, max_len)

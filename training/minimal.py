@@ -48,7 +48,9 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
 def completion_losses(model: Any, row: TokenRow) -> Tensor:  # Any: peft
     """Negative log-likelihood of each completion token."""
     return functional.cross_entropy(
-        completion_logits(model, row), torch.from_numpy(row.ids_T[row.num_prompt :]), reduction="none"
+        completion_logits(model, row),
+        torch.from_numpy(row.ids_T[row.num_prompt :]),
+        reduction="none",
     )
 
 

@@ -64,9 +64,7 @@ class ProgressLog:
         eta_s = (now - self._started) / self._num_seen * (record.num_steps - record.step)
         note = f"loss {record.loss:.3f} · {rate:.0f} tokens/s"
         if self._bar and self._task is not None:
-            self._bar.update(
-                self._task, total=record.num_steps, completed=record.step, note=note
-            )
+            self._bar.update(self._task, total=record.num_steps, completed=record.step, note=note)
         elif now - self._last_line >= _LINE_EVERY_S or record.step == record.num_steps:
             self._last_line = now
             text = f"step {record.step}/{record.num_steps} · {note} · ETA {eta_s:.0f} s"

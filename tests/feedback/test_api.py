@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from perennial.feedback.keys import KeyStore, Scope
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.infra.clock import utc_now
 from perennial.infra.db import Database
+from perennial.infra.errors import UnavailableError
 
 MakeClient = Callable[..., TestClient]
 INTERACTION: dict[str, Any] = {
@@ -332,20 +334,20 @@ def test_openapi_describes_the_bodies_and_needs_no_cdn(client: TestClient) -> No
     assert "application/problem+json" in str(document["paths"]["/v1/feedback"]["post"])
 
 
-def test_mounted_app_answers_its_paths_and_no_other(
-    make_client: MakeClient, sqlite_database: Database
-) -> None:
-    class Gateway:
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            path = Request(scope).url.path
-            await JSONResponse({"path": path})(scope, receive, send)
+def test_added_routes_share_errors_request_ids_and_metrics(client: TestClient) -> None:
+    async def chat(request: Request) -> JSONResponse:
+        if request.query_params:
+            raise UnavailableError("the engine is loading")
+        return JSONResponse({"path": request.url.path})
 
-    gateway = Gateway()
-    mounts = {"/v1/chat/completions": gateway, "/v1/models/{model}": gateway}
-    client = make_client(sqlite_database, mounts=mounts)
+    client.app.router.routes.append(Route("/v1/chat/completions", chat, methods=["POST"]))
 
-    assert client.post("/v1/chat/completions").json() == {"path": "/v1/chat/completions"}
-    assert client.get("/v1/models/support").json() == {"path": "/v1/models/support"}
-    assert client.get("/v1/models/support").headers["X-Request-Id"]
+    answer = client.post("/v1/chat/completions")
+    failed = client.post("/v1/chat/completions?x=1")
+
+    assert answer.json() == {"path": "/v1/chat/completions"}
+    assert answer.headers["X-Request-Id"]
+    assert (failed.status_code, failed.json()["code"]) == (503, "unavailable")
+    assert client.get("/v1/chat/completions").status_code == 405
     assert client.delete("/v1/interactions").status_code == 405
-    assert client.get("/v1/chat").status_code == 404
+    assert 'route="/v1/chat/completions",status="200"' in client.get("/metrics").text

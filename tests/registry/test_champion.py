@@ -1,15 +1,15 @@
-import multiprocessing
-import os
 import signal
-from multiprocessing.synchronize import Barrier
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
-from perennial.infra.clock import utc_now
 from perennial.infra.db import Database
 from perennial.infra.errors import ConflictError, NotFoundError
-from perennial.registry.champion import ChampionStore
 from perennial.registry.reconcile import reconcile
 from perennial.registry.versions import VersionState
 from tests.registry.builders import START, Clock, World
@@ -115,68 +115,51 @@ def test_tasks_do_not_touch_each_other(world: World) -> None:
     assert [c.version for c in world.champions.history("billing")] == [other.name]
 
 
-def _race(url: str, version: str, barrier: Barrier, won: "multiprocessing.Queue[str]") -> None:
-    database = Database(url)
-    store = ChampionStore(database, utc_now)
-    store.current("support")
-    barrier.wait()
-    try:
-        store.promote(
-            "support", version, decision_id=version, expected=None, decided_by="race",
-            evidence_digest="e" * 64, reasons=(),
-        )  # fmt: skip
-    except ConflictError:
-        return
-    finally:
-        database.dispose()
-    won.put(version)
+@contextmanager
+def promoter(database: Database, *options: str) -> Iterator["subprocess.Popen[str]"]:
+    """A process of its own that promotes each version written to it."""
+    url = database.engine.url.render_as_string(hide_password=False)
+    script = Path(__file__).with_name("promoter.py")
+    with subprocess.Popen(
+        [sys.executable, str(script), url, *options], stdin=PIPE, stdout=PIPE, text=True
+    ) as process:
+        assert said(process) == "ready"
+        yield process
+
+
+def said(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def tell(process: "subprocess.Popen[str]", version: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{version}\n")
+    process.stdin.flush()
 
 
 def test_of_two_racing_promoters_exactly_one_wins(database: Database, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
     world = World(database, Clock(), tmp_path)
-    url = database.engine.url.render_as_string(hide_password=False)
-    for repeat in range(20):
-        task = "support"
-        names = [world.version(10 * repeat + n).name for n in (1, 2)]
-        database.dispose()
-        barrier, won = context.Barrier(2), context.Queue()
-        racers = [context.Process(target=_race, args=(url, name, barrier, won)) for name in names]
-        for racer in racers:
-            racer.start()
-        for racer in racers:
-            racer.join(60)
-            assert racer.exitcode == 0
-        winner = won.get(timeout=5)
-        assert won.empty()
-        live = world.champions.current(task)
-        assert live is not None
-        assert live.version == winner
-        world.champions.rollback(task, decision_id=f"b{repeat}", decided_by="t", reason="next")
+    with promoter(database) as ada, promoter(database) as bob:
+        for repeat in range(20):
+            names = [world.version(10 * repeat + n).name for n in (1, 2)]
+            tell(ada, names[0])
+            tell(bob, names[1])
+            outcome = {names[0]: said(ada), names[1]: said(bob)}
+            assert sorted(outcome.values()) == ["lost", "won"]
+            live = world.champions.current("support")
+            assert live is not None
+            assert outcome[live.version] == "won"
+            world.champions.rollback(
+                "support", decision_id=f"b{repeat}", decided_by="t", reason="next"
+            )
 
 
-def _promote_and_die(url: str, version: str) -> None:
-    store = ChampionStore(Database(url), utc_now)
-    store.promote(
-        "support", version, decision_id="d1", expected=None, decided_by="t",
-        evidence_digest="e" * 64, reasons=(),
-    )  # fmt: skip
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_killed_after_promoting_the_alias_follows_at_the_next_start(
-    database: Database, tmp_path: Path
-) -> None:
-    world = World(database, Clock(), tmp_path)
+def test_killed_after_promoting_the_alias_follows_at_the_next_start(world: World) -> None:
     version = world.version(1)
-    url = database.engine.url.render_as_string(hide_password=False)
-    database.dispose()
-    child = multiprocessing.get_context("fork").Process(
-        target=_promote_and_die, args=(url, version.name)
-    )
-    child.start()
-    child.join(60)
-    assert child.exitcode == -signal.SIGKILL
+    with promoter(world.database, "die") as process:
+        tell(process, version.name)
+        assert process.wait(60) == -signal.SIGKILL
     assert world.outbox.newest_pending("support") is not None
     shown = Shown()
     reconcile("support", world.champions, world.outbox, shown)

@@ -1,4 +1,5 @@
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_an_odd_name_has_no_task(name: str) -> None:
 
 def test_the_states_go_forward_and_a_retired_version_can_return() -> None:
     path = ["registered", "approved", "champion", "retired", "champion"]
-    for state, target in zip(path, path[1:], strict=False):
+    for state, target in pairwise(path):
         check_move("v", VersionState(state), VersionState(target))
 
 
