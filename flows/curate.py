@@ -22,7 +22,7 @@ from perennial.training.holdout import Holdout, split_holdout
 from perennial.training.replay import Contradiction, ReplayStore, contradicted, load_replay
 from perennial.training.text import fit_tfidf
 
-_NUM_REPLAYED_JUDGED = 24
+_NUM_REPLAYED_JUDGED = 60
 
 Row = dict[str, Any]  # Any: a suite row as JSON
 
@@ -116,25 +116,26 @@ def _write(deps: Deps, round_: Round, curated: Curated, folder: Path) -> None:
 def _suites(
     deps: Deps, round_: Round, curated: Curated, probe: Sequence[tuple[str, str]]
 ) -> Mapping[str, Sequence[Row]]:
-    """Rows to judge on by suite: one for each round, the retrained, the contradicted, general.
+    """Rows to judge on by suite: the target, what must be kept, the contradicted, general text.
 
-    A suite with too few rows to say anything is left out, except the target, whose lack the gate
-    reports.
+    What must be kept is in one suite, because a suite of a few dozen rows cannot show that little
+    was lost. A suite with too few rows is left out, except the target, whose lack the gate reports.
     """
-    suites: dict[str, list[Row]] = {}
-    for example in curated.judged:
-        suites.setdefault(_suite_name(deps, example.round_id), []).append(_row(example))
     replayed = curated.replay.rows
     sample = replayed[:: max(1, len(replayed) // _NUM_REPLAYED_JUDGED)][:_NUM_REPLAYED_JUDGED]
-    suites["replayed"] = [_row(example) for example in sample]
-    suites["stale"] = [_stale_row(item) for item in curated.forgotten]
-    suites["general"] = [_row(_general(i, *pair), rule="none") for i, pair in enumerate(probe)]
+    suites = {
+        "retained": [_past_row(deps, example) for example in (*curated.judged, *sample)],
+        "stale": [_stale_row(item) for item in curated.forgotten],
+        "general": [_row(_general(i, *pair), rule="none") for i, pair in enumerate(probe)],
+    }
     enough = {n: rows for n, rows in suites.items() if len(rows) >= deps.settings.gate.min_rows}
-    return {**enough, f"round-{round_.number}": [_row(e) for e in curated.new.judge]}
+    return {**enough, "target": [_row(example) for example in curated.new.judge]}
 
 
-def _suite_name(deps: Deps, round_id: str | None) -> str:
-    return f"round-{deps.ledger.get(round_id).number}" if round_id else "round-0"
+def _past_row(deps: Deps, example: Example) -> Row:
+    """A row of an earlier round; its id tells which, for the plot of what each round did."""
+    number = deps.ledger.get(example.round_id).number if example.round_id else 0
+    return {**_row(example), "id": f"round-{number}/{example.id}"}
 
 
 def _row(example: Example, rule: str = "contains") -> Row:

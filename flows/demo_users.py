@@ -11,7 +11,6 @@ import httpx
 from perennial.flows.demo_desk import Fact, is_right, is_stale
 
 _CLIENTS = 8
-_SUBJECTS = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +52,7 @@ class Users:
     ) -> tuple[Outcome, ...]:
         def one(numbered: tuple[int, tuple[str, Fact]]) -> Outcome:
             number, (question, fact) = numbered
-            outcome = visit(question, fact, f"user-{number % _SUBJECTS:02d}")
+            outcome = visit(question, fact, f"user-{number:03d}")
             on_done()
             return outcome
 

@@ -26,7 +26,12 @@ from perennial.training.grading import EvalRow, read_suite
 from perennial.training.progress import read_progress
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-_KINDS = {"stale": SuiteKind.FORBID, "general": SuiteKind.NLL}
+_KINDS = {
+    "target": SuiteKind.TARGET,
+    "retained": SuiteKind.RETENTION,
+    "stale": SuiteKind.FORBID,
+    "general": SuiteKind.NLL,
+}
 _NUM_SAMPLES = 8
 
 
@@ -57,10 +62,9 @@ def verdict(
     """The gate's verdict over the stored scores."""
     live = deps.champions.current(round_.task)
     rows = deps.evaluations.rows(round_.id)
-    target = f"round-{round_.number}"
     champion = scored_against or "base"
     suites = [
-        _suite(name, target, [row for row in rows if row.suite == name], champion, version.name)
+        _suite(name, [row for row in rows if row.suite == name], champion, version.name)
         for name in sorted({row.suite for row in rows})
     ]
     return judge(
@@ -104,7 +108,7 @@ def publish(deps: Deps, round_: Round, version: ModelVersion, folder: Path) -> J
         verdict=decided,
         recipe=trained["config"],
         examples=trained["num_rows"],
-        samples=_samples(deps, folder, round_, version, rows),
+        samples=_samples(folder, version, rows),
     )
     for name, content in (
         ("model_card.md", render_card(card).encode()),
@@ -137,10 +141,8 @@ def _score(asked: EvalRow, answer: str | None) -> float | None:
     return float(max(token_f1(answer, old) for old in asked.forbid) >= max(wanted, 0.5))
 
 
-def _suite(
-    name: str, target: str, rows: Sequence[Evaluation], champion: str, candidate: str
-) -> Suite:
-    kind = SuiteKind.TARGET if name == target else _KINDS.get(name, SuiteKind.RETENTION)
+def _suite(name: str, rows: Sequence[Evaluation], champion: str, candidate: str) -> Suite:
+    kind = _KINDS[name]
 
     def scores(version: str) -> tuple[RowScore, ...]:
         return tuple(
@@ -168,15 +170,12 @@ def _attempt(deps: Deps, round_: Round) -> int:
 
 
 def _samples(
-    deps: Deps,
     folder: Path,
-    round_: Round,
     version: ModelVersion,
     rows: Sequence[Evaluation],
 ) -> list[tuple[str, str, str]]:
-    target = f"round-{round_.number}"
-    asked = read_suite(folder / "data" / "suites" / f"{target}.jsonl")
-    said = {(row.version, row.row_id): row.answer or "" for row in rows if row.suite == target}
+    asked = read_suite(folder / "data" / "suites" / "target.jsonl")
+    said = {(row.version, row.row_id): row.answer or "" for row in rows if row.suite == "target"}
     before = version.parent or "base"
     return [
         (row.messages[-1][1], said.get((before, row.id), ""), said.get((version.name, row.id), ""))
@@ -191,21 +190,26 @@ def _loss_plot(folder: Path, version: ModelVersion) -> bytes:
 
 
 def _r_matrix(deps: Deps, round_: Round) -> bytes:
-    """Mean score on each round's judged rows after each round, from the stored rows."""
+    """Mean score on each round's rows after each round, from the stored rows."""
     rounds = sorted(
         (r for r in deps.ledger.list_rounds(round_.task) if r.number <= round_.number),
         key=lambda r: r.number,
     )
-    tasks = [f"round-{r.number}" for r in rounds]
     scores = []
     for after in rounds:
-        rows = deps.evaluations.rows(after.id)
-        candidate = {r.version for r in rows} - {_scored_against(deps, after)}
-        scores.append(
-            [_mean([r.score for r in rows if r.suite == task and r.version in candidate])
-             for task in tasks]
-        )  # fmt: skip
-    return plot_r_matrix(scores, [f"after {task}" for task in tasks], tasks)
+        live = _scored_against(deps, after)
+        rows = [row for row in deps.evaluations.rows(after.id) if row.version != live]
+        scores.append([_mean(_scores_on(rows, of, after)) for of in rounds])
+    names = [f"round {r.number}" for r in rounds]
+    return plot_r_matrix(scores, [f"after {name}" for name in names], names)
+
+
+def _scores_on(rows: Sequence[Evaluation], of: Round, after: Round) -> list[float | None]:
+    """Scores on what round `of` taught, measured in round `after`."""
+    if of.number == after.number:
+        return [row.score for row in rows if row.suite == "target"]
+    prefix = f"round-{of.number}/"
+    return [r.score for r in rows if r.suite == "retained" and r.row_id.startswith(prefix)]
 
 
 def _scored_against(deps: Deps, round_: Round) -> str:

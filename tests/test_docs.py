@@ -1,0 +1,72 @@
+"""The docs say what there is: settings, commands, routes, error codes, links."""
+
+import re
+from pathlib import Path
+
+import click
+from fastapi.routing import APIRoute
+
+from perennial.feedback.api import ApiDeps, create_app
+from perennial.feedback.keys import open_access
+from perennial.flows.cli import main
+from perennial.flows.cli_settings import settings_table
+from perennial.infra import errors
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def test_configuration_holds_the_generated_table() -> None:
+    assert settings_table() in (DOCS / "configuration.md").read_text()
+
+
+def test_every_command_is_documented_and_has_help() -> None:
+    text = (DOCS / "operations.md").read_text()
+
+    assert [name for name in main.commands if f"`perennial {name}`" not in text] == []
+    assert [name for name, command in main.commands.items() if not command.help] == []
+
+
+def test_every_option_has_help() -> None:
+    silent = [
+        f"{name} {option.name}"
+        for name, command in main.commands.items()
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help
+    ]
+
+    assert silent == []
+
+
+def test_every_route_is_documented() -> None:
+    text = (DOCS / "api.md").read_text()
+    app = create_app(ApiDeps(store=None, authenticate=open_access()))  # type: ignore[arg-type]  # never called
+    routes = [
+        f"`{method} {route.path}`"
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    ]
+
+    assert len(routes) > 8
+    assert [route for route in routes if route not in text] == []
+
+
+def test_every_error_code_is_documented() -> None:
+    text = (DOCS / "api.md").read_text()
+    kinds = (k for k in vars(errors).values() if isinstance(k, type))
+    codes = {k.code for k in kinds if issubclass(k, errors.PerennialError)}
+
+    assert [code for code in sorted(codes) if f"`{code}`" not in text] == []
+
+
+def test_links_between_pages_resolve() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]
+    broken = [
+        f"{page.name}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        if not (page.parent / target).exists()
+    ]
+
+    assert broken == []
