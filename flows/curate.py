@@ -16,6 +16,7 @@ from perennial.flows.mapping import to_feedback_rows, to_limits
 from perennial.flows.wiring import Deps
 from perennial.infra.artifacts import Manifest, publish
 from perennial.registry.rounds import Round
+from perennial.registry.versions import ModelVersion
 from perennial.training.compile import Compiled, compile_feedback
 from perennial.training.examples import Example, read_examples, write_examples
 from perennial.training.holdout import Holdout, split_holdout
@@ -46,13 +47,13 @@ class Curated:
     forgotten: tuple[Forgotten, ...]
 
 
-def curate(deps: Deps, round_: Round, folder: Path) -> Manifest:
+def curate(deps: Deps, round_: Round, champion: ModelVersion | None, folder: Path) -> Manifest:
     """`folder` with the rows of the round; what came after it was opened is left to the next."""
     deps.feedback.horizon()
-    since = cutoff(deps, round_.task)
+    since = cutoff(deps, champion)
     judged = deps.feedback.feedback_between(round_.task, since, round_.opened_at)
     compiled = compile_feedback(to_feedback_rows(judged), to_limits(deps.settings.training))
-    curated = _against_the_past(deps, round_, compiled)
+    curated = _against_the_past(deps, champion, compiled)
     return publish(folder, lambda partial: _write(deps, round_, curated, partial))
 
 
@@ -61,14 +62,13 @@ def data_folder(deps: Deps, round_id: str) -> Path:
     return deps.settings.home / "rounds" / round_id / "data"
 
 
-def _against_the_past(deps: Deps, round_: Round, compiled: Compiled) -> Curated:
+def _against_the_past(deps: Deps, champion: ModelVersion | None, compiled: Compiled) -> Curated:
     """New rows apart from those to judge by, and the past without what they contradict."""
     settings = deps.settings.training
-    champion = deps.champions.current(round_.task)
     replay = ReplayStore(capacity=settings.replay_rows, seed=0)
     judged: tuple[Example, ...] = ()
     if champion is not None:
-        past = data_folder(deps, deps.versions.get(champion.version).round_id)
+        past = data_folder(deps, champion.round_id)
         replay = load_replay(past / "next_replay.jsonl")
         judged = read_examples(past / "next_judged.jsonl")
     gone = contradicted((*replay.rows, *judged), compiled.examples, Contradiction())

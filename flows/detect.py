@@ -13,6 +13,7 @@ from perennial.monitoring.check import CheckResult, check
 from perennial.monitoring.check_store import StoredCheck
 from perennial.monitoring.windows import Split, WindowRules, split
 from perennial.registry.rounds import RoundState
+from perennial.registry.versions import ModelVersion
 from perennial.training.compile import compile_feedback
 
 BEGINNING = datetime(2000, 1, 1, tzinfo=UTC)
@@ -39,12 +40,15 @@ def check_traffic(deps: Deps, task_name: str, *, is_forced: bool) -> StoredCheck
     return stored
 
 
-def cutoff(deps: Deps, task_name: str) -> datetime:
+def cutoff(deps: Deps, champion: ModelVersion | None) -> datetime:
     """When the champion's round began: what came later, it has not learned from."""
+    return BEGINNING if champion is None else deps.ledger.get(champion.round_id).opened_at
+
+
+def live_version(deps: Deps, task_name: str) -> ModelVersion | None:
+    """The live version; None is the base model."""
     champion = deps.champions.current(task_name)
-    if champion is None:
-        return BEGINNING
-    return deps.ledger.get(deps.versions.get(champion.version).round_id).opened_at
+    return None if champion is None else deps.versions.get(champion.version)
 
 
 def summary(stored: StoredCheck) -> str:
@@ -58,7 +62,7 @@ def summary(stored: StoredCheck) -> str:
 
 
 def _measure(deps: Deps, task_name: str, *, is_forced: bool) -> CheckResult:
-    now, since = deps.feedback.horizon(), cutoff(deps, task_name)
+    now, since = deps.feedback.horizon(), cutoff(deps, live_version(deps, task_name))
     policy = to_policy(deps.settings.check, is_forced=is_forced)
     judged = deps.feedback.feedback_between(task_name, since, now)
     new = compile_feedback(to_feedback_rows(judged), to_limits(deps.settings.training))

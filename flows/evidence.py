@@ -60,7 +60,6 @@ def verdict(
     deps: Deps, round_: Round, version: ModelVersion, *, scored_against: str | None
 ) -> Verdict:
     """The gate's verdict over the stored scores."""
-    live = deps.champions.current(round_.task)
     rows = deps.evaluations.rows(round_.id)
     champion = scored_against or "base"
     suites = [
@@ -72,7 +71,7 @@ def verdict(
             task=round_.task,
             candidate=version.name,
             champion=scored_against,
-            champion_now=live.version if live else None,
+            champion_now=scored_against,  # promotion compares and sets,
             suites=tuple(suites),
             attempt=_attempt(deps, round_),
         ),

@@ -46,10 +46,11 @@ def retrain_round(deps: Deps, round_: Round) -> None:
     if deps.ledger.get(round_.id).state is not RoundState.OPEN:
         return
     with leased(deps.ledger, round_.id, deps.settings.home) as steps:
-        data = curate_rows(deps, steps, round_)
-        trained = train_adapter(deps, steps, round_, data)
-        version = name_version(deps, round_, data, trained)
-        scored = evaluate_models(deps, steps, round_, data, version)
+        champion = note_champion(deps, steps, round_)
+        data = curate_rows(deps, steps, round_, champion)
+        trained = train_adapter(deps, steps, round_, data, champion)
+        version = name_version(deps, round_, data, trained, champion)
+        scored = evaluate_models(deps, steps, round_, data, version, champion)
         verdict = judge_candidate(deps, steps, round_, scored, version)
         register_version(deps, steps, round_, verdict, version)
 
@@ -65,12 +66,28 @@ def round_summary(deps: Deps, round_id: str) -> str:
     )
 
 
+@transient_task("begin")
+def note_champion(deps: Deps, steps: Steps, round_: Round) -> ModelVersion | None:
+    """The version that the round starts from and competes with; None is the base model.
+
+    Noted once: a run that finishes the round after the promotion must not take the candidate itself
+    for the champion.
+    """
+
+    def work() -> Json:
+        live = deps.champions.current(round_.task)
+        return {"champion": live.version if live else None}
+
+    name = steps.once("begin", {"round": round_.id}, work)["champion"]
+    return deps.versions.get(name) if name else None
+
+
 @transient_task("curate")
-def curate_rows(deps: Deps, steps: Steps, round_: Round) -> Json:
+def curate_rows(deps: Deps, steps: Steps, round_: Round, champion: ModelVersion | None) -> Json:
     """The digest of the round's rows."""
 
     def work() -> Json:
-        manifest = curate(deps, round_, data_folder(deps, round_.id))
+        manifest = curate(deps, round_, champion, data_folder(deps, round_.id))
         counts = json.loads((data_folder(deps, round_.id) / "counts.json").read_bytes())
         return {"digest": manifest.digest, **counts}
 
@@ -78,12 +95,13 @@ def curate_rows(deps: Deps, steps: Steps, round_: Round) -> Json:
 
 
 @transient_task("train")
-def train_adapter(deps: Deps, steps: Steps, round_: Round, data: Json) -> Json:
+def train_adapter(
+    deps: Deps, steps: Steps, round_: Round, data: Json, champion: ModelVersion | None
+) -> Json:
     """The digest of the adapter that was trained on the rows."""
-    champion = deps.champions.current(round_.task)
     inputs = {
         "data": data["digest"],
-        "parent": champion.version if champion else None,
+        "parent": champion.name if champion else None,
         "overrides": deps.settings.training.overrides,
         "base_model": deps.settings.model.name,
     }
@@ -106,16 +124,17 @@ def train_adapter(deps: Deps, steps: Steps, round_: Round, data: Json) -> Json:
 
 
 @transient_task("name")
-def name_version(deps: Deps, round_: Round, data: Json, trained: Json) -> ModelVersion:
+def name_version(
+    deps: Deps, round_: Round, data: Json, trained: Json, champion: ModelVersion | None
+) -> ModelVersion:
     """The candidate's version: its name is fixed from here on."""
-    champion = deps.champions.current(round_.task)
     new = NewVersion(
         task=round_.task,
         adapter_digest=trained["adapter_digest"],
         adapter_path=_folder(deps, round_) / "train" / "adapter",
         base_digest=_base_digest(deps),
         round_id=round_.id,
-        parent=champion.version if champion else None,
+        parent=champion.name if champion else None,
         dataset_digest=data["digest"],
     )
     rows = data_folder(deps, round_.id)
@@ -130,11 +149,15 @@ def name_version(deps: Deps, round_: Round, data: Json, trained: Json) -> ModelV
 
 @transient_task("evaluate")
 def evaluate_models(
-    deps: Deps, steps: Steps, round_: Round, data: Json, version: ModelVersion
+    deps: Deps,
+    steps: Steps,
+    round_: Round,
+    data: Json,
+    version: ModelVersion,
+    champion: ModelVersion | None,
 ) -> Json:
     """What candidate and champion scored on the same rows in the same run."""
-    champion = deps.champions.current(round_.task)
-    live = champion.version if champion else None
+    live = champion.name if champion else None
     inputs = {"data": data["digest"], "candidate": version.name, "champion": live}
 
     def work() -> Json:
@@ -161,12 +184,10 @@ def evaluate_models(
 def judge_candidate(
     deps: Deps, steps: Steps, round_: Round, scored: Json, version: ModelVersion
 ) -> Json:
-    """The verdict over the stored scores, with its reasons."""
-    live = deps.champions.current(round_.task)
-    inputs = {**scored, "candidate": version.name, "now": live.version if live else None}
+    """The verdict over the stored scores; promotion looks at the champion again."""
     return steps.once(
         "gate",
-        inputs,
+        {**scored, "candidate": version.name},
         lambda: evidence.to_json(
             evidence.verdict(deps, round_, version, scored_against=scored["champion"])
         ),

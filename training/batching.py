@@ -36,7 +36,8 @@ class Packed:
         same = self.row_N[:, None] == self.row_N[None, :]
         prefix = self.row_N[None, :] == -1
         causal = self.source_N[:, None] >= self.source_N[None, :]
-        return (same | prefix) & causal
+        visible: NDArray[np.bool_] = (same | prefix) & causal
+        return visible
 
 
 def pack(

@@ -159,7 +159,7 @@ def _without_near_duplicates(
 ) -> list[Example]:
     """Drop an example that says the same as an earlier one in almost the same words.
 
-    Prompt and answer must both be alike: two questions that differ in one word may need two answers.
+    Prompt and answer must both be alike: questions that differ in one word may need two answers.
     """
     kept: list[tuple[Example, frozenset[str], frozenset[str]]] = []
     for example in examples:

@@ -21,9 +21,9 @@ class Contradiction:
     """When a newer answer replaces an older one to a question in other words.
 
     Rows with one answer are one statement. Two statements are about the same thing when their
-    answers are alike (cosine of TF-IDF at least `min_answer`), their closest questions are (at least
-    `min_question`), and both together reach `min_sum`. Measured on the demo's desk: the four changed
-    facts reach 0.94 or more in sum, any other pair 0.61 or less.
+    answers are alike (cosine of TF-IDF at least `min_answer`), their closest questions are (at
+    least `min_question`), and both together reach `min_sum`. Measured on the demo's desk: the four
+    changed facts reach 0.94 or more in sum, any other pair 0.61 or less.
     """
 
     min_answer: float = 0.2

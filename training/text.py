@@ -1,8 +1,8 @@
 """Text as it may enter training: cleaned, and comparable.
 
-User text is data. Control, bidirectional, zero-width and tag characters can hide an instruction from
-the person who reviews it, so they never reach a row. What counts as the same question is decided
-here too; what follows from it is left to `compile` and `replay`.
+User text is data. Control, bidirectional, zero-width and tag characters can hide an instruction
+from the person who reviews it, so they never reach a row. What counts as the same question is
+decided here too; what follows from it is left to `compile` and `replay`.
 """
 
 import math
@@ -19,9 +19,9 @@ _SPACES = re.compile(r"[ \t]+")
 
 
 def clean(text: str) -> str:
-    """NFC text without control, format (bidi, zero-width, tag), surrogate or private characters.
+    r"""NFC text without control, format (bidi, zero-width, tag), surrogate or private characters.
 
-    >>> clean("pay\\u202e 5\\u200b €\\r\\n ")
+    >>> clean("pay\u202e 5\u200b €\r\n ")
     'pay 5 €'
     """
     composed = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))

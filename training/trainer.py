@@ -143,11 +143,10 @@ def prepare(model: Any, sources: Sources, config: TrainConfig) -> Prepared:  # A
     split = SplitModel(base, max(0, base.config.num_hidden_layers - config.top_layers))
     budget = config.batch_tokens
     with model.disable_adapter():
+        trunks: tuple[tuple[Tensor, ...] | None, ...] = (None, None, None)
         if split.num_frozen:
             split.check_split(sources.new[0])
             trunks = tuple(tuple(split.trunk(rows, budget)) for rows in sources.parts)
-        else:
-            trunks = (None, None, None)
         teachers = _teachers(split, sources.general, trunks[GENERAL], config)
     return Prepared(split=split, sources=sources, trunks=trunks, teachers=tuple(teachers))
 
