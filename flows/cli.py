@@ -163,6 +163,50 @@ def rollback(settings: Settings, by: str, reason: str) -> None:
     click.echo(f"live now: {change.version or 'base'}")
 
 
+@main.group()
+def keys() -> None:
+    """Create, list and revoke API keys."""
+
+
+@keys.command("create")
+@click.option("--tenant", default="default", show_default=True, help="The app that the key is for.")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    default=("ingest", "read"),
+    show_default=True,
+    type=click.Choice(["ingest", "read", "review", "train", "promote", "admin"]),
+    help="What it allows; may be given several times.",
+)
+@click.option("--days", type=click.IntRange(1), help="Days until it expires; never by default.")
+@_with_settings
+def create(settings: Settings, tenant: str, scopes: tuple[str, ...], days: int | None) -> None:
+    """Print a new key; it is shown this once."""
+    from perennial.flows.cli_keys import create_key
+
+    create_key(settings, tenant, scopes, days)
+
+
+@keys.command("list")
+@_with_settings
+def list_(settings: Settings) -> None:
+    """Show every key without its secret."""
+    from perennial.flows.cli_keys import list_keys
+
+    list_keys(settings)
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+@_with_settings
+def revoke(settings: Settings, key_id: str) -> None:
+    """Revoke the key with this id."""
+    from perennial.flows.cli_keys import revoke_key
+
+    revoke_key(settings, key_id)
+
+
 @main.command()
 @_with_settings
 def doctor(settings: Settings) -> None:

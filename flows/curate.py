@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perennial.flows.demo_desk import FOLDER, load_general
+from perennial.flows.demo_desk import FOLDER
 from perennial.flows.detect import cutoff
 from perennial.flows.mapping import to_feedback_rows, to_limits
 from perennial.flows.wiring import Deps
@@ -19,6 +19,7 @@ from perennial.registry.rounds import Round
 from perennial.registry.versions import ModelVersion
 from perennial.training.compile import Compiled, compile_feedback
 from perennial.training.examples import Example, read_examples, write_examples
+from perennial.training.general import load_general
 from perennial.training.holdout import Holdout, split_holdout
 from perennial.training.replay import Contradiction, ReplayStore, contradicted, load_replay
 from perennial.training.text import fit_tfidf

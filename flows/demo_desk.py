@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from perennial.infra.errors import InputError
-
 FOLDER = Path(__file__).parent / "desk"
 Act = Literal["act1", "act2"]
 
@@ -80,24 +78,6 @@ def is_stale(answer: str, fact: Fact) -> bool:
     """Whether `answer` still states the policy that `fact` replaced."""
     text = _plain(answer)
     return any(_plain(form) in text for form in fact.forbid)
-
-
-def load_general(path: Path) -> tuple[tuple[str, str], ...]:
-    """(prompt, answer) pairs of a JSON Lines file of general rows.
-
-    Raises:
-        InputError: a line is not an object with a prompt and an answer.
-    """
-    pairs = []
-    for number, line in enumerate(_lines(path), start=1):
-        try:
-            row = json.loads(line)
-            pairs.append((str(row["prompt"]), str(row["answer"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f'{path}:{number} must be {{"prompt": …, "answer": …}}: {error}'
-            ) from error
-    return tuple(pairs)
 
 
 def _lines(path: Path) -> Sequence[str]:

@@ -94,7 +94,9 @@ class TrainingSettings(_Section):
     probe_file: Path | None = Field(
         None, description="General rows that measure ability, never trained; empty: the packaged."
     )
-    holdout: float = Field(0.2, gt=0, lt=0.9, description="Share of new examples kept to judge by.")
+    holdout: float = Field(
+        0.15, gt=0, lt=0.9, description="Share of new examples kept to judge by."
+    )
     max_per_subject: int = Field(200, ge=1, description="Examples of one subject in a round.")
     replay_rows: int = Field(2000, ge=0, description="Rows of past rounds that are kept.")
     timeout_s: int = Field(7200, ge=60, description="Seconds after which a training is stopped.")
@@ -108,7 +110,7 @@ class GateSettings(_Section):
     nll_margin: float = Field(
         0.10, ge=0, description="General NLL increase not exceeded, nats per token."
     )
-    min_rows: int = Field(10, ge=2, description="Rows below which a suite is insufficient.")
+    min_rows: int = Field(6, ge=6, description="Rows below which a suite is insufficient.")
 
 
 class ApprovalSettings(_Section):

@@ -4,8 +4,10 @@ import os
 import resource
 import sys
 
+import psutil
 import torch
 
+_LOOK_S = 0.5
 _MAX_THREADS = 16  # beyond it a model of this size gains nothing from one more core
 
 
@@ -16,7 +18,8 @@ def choose_threads(wanted: int | None) -> int:
     keep busy is not counted.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    idle = round((allowed or 1) - os.getloadavg()[0])
+    # Not the load average: it still counts what ended a minute ago.
+    idle = round((allowed or 1) * (1 - psutil.cpu_percent(interval=_LOOK_S) / 100))
     num = wanted or max(1, min(idle, _MAX_THREADS))
     torch.set_num_threads(num)
     return num

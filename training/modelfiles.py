@@ -49,7 +49,7 @@ def load_model(folder: Path) -> Any:  # Any: transformers
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ModelMissingError(_missing(str(folder)), model=str(folder)) from error
     return model.requires_grad_(False).eval()
 

@@ -40,6 +40,7 @@ def tiny_model(seed: int = 0) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        initializer_range=0.1,
         tie_word_embeddings=True,
     )
     config._attn_implementation = "sdpa"

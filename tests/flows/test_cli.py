@@ -1,0 +1,96 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from perennial.flows.app import run_app
+from perennial.flows.cli import main
+from perennial.flows.doctor import Level, examine
+from perennial.infra.errors import ConfigError
+from perennial.infra.settings import Settings, load_settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings({"PERENNIAL_HOME": str(tmp_path)})
+
+
+def _invoke(home: Path, *arguments: str) -> tuple[int, str]:
+    result = CliRunner(env={"PERENNIAL_HOME": str(home)}).invoke(main, arguments)
+    return result.exit_code, result.output
+
+
+def test_status_of_a_new_installation_says_what_to_do(tmp_path: Path) -> None:
+    code, output = _invoke(tmp_path, "status")
+
+    assert code == 0
+    assert "nothing was promoted yet" in output
+    assert "perennial check" in output
+
+
+def test_approving_what_nobody_asked_about_is_a_clear_error(tmp_path: Path) -> None:
+    code, output = _invoke(tmp_path, "approve", "support-v9-00000000", "--by", "robin")
+
+    assert code == 2
+    assert "not_found" in output
+
+
+def test_rollback_without_a_promotion_is_a_clear_error(tmp_path: Path) -> None:
+    code, output = _invoke(tmp_path, "rollback", "--by", "robin", "--reason", "test")
+
+    assert (code, "nothing to go back to" in output) == (2, True)
+
+
+def test_unknown_setting_is_one_line_and_status_2(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[api]\nprot = 1\n")
+
+    code, output = _invoke(tmp_path, "--config", str(tmp_path / "bad.toml"), "status")
+
+    assert code == 2
+    assert "unknown setting 'api.prot'" in output
+    assert "Traceback" not in output
+
+
+def test_created_key_is_listed_and_revoked(tmp_path: Path) -> None:
+    _, created = _invoke(tmp_path, "keys", "create", "--tenant", "shop")
+    key_id = created.split("_")[1]
+
+    assert key_id in _invoke(tmp_path, "keys", "list")[1]
+    assert _invoke(tmp_path, "keys", "revoke", key_id)[0] == 0
+
+
+def test_open_api_beyond_loopback_is_refused(tmp_path: Path) -> None:
+    exposed = load_settings({"PERENNIAL_HOME": str(tmp_path), "PERENNIAL_API__HOST": "0.0.0.0"})
+
+    with pytest.raises(ConfigError, match="reachable from other machines"):
+        run_app(exposed)
+    assert [f.level for f in examine(exposed) if f.name == "exposure"] == [Level.BAD]
+
+
+def test_doctor_says_how_to_mend_every_finding(settings: Settings) -> None:
+    findings = examine(settings)
+
+    assert [f.name for f in findings if f.level is not Level.OK and not f.mend] == []
+
+
+def test_demo_refuses_a_folder_that_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep me")
+
+    code, output = _invoke(tmp_path, "demo", "--home", str(tmp_path))
+
+    assert (code, "no demo made" in output) == (2, True)
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_help_answers_within_a_second_of_python_itself() -> None:
+    def seconds(*argv: str) -> float:
+        started = time.monotonic()
+        subprocess.run([sys.executable, *argv], check=True, capture_output=True)
+        return time.monotonic() - started
+
+    best = min(seconds("-m", "perennial.flows.cli", "--help") for _ in range(3))
+
+    assert best - seconds("-c", "pass") < 1.0

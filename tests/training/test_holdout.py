@@ -1,0 +1,55 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perennial.infra.errors import InputError
+from perennial.training.examples import Example
+from perennial.training.holdout import split_holdout
+
+
+def _examples(num_facts: int, num_wordings: int) -> list[Example]:
+    return [
+        Example(
+            id=f"ex-{fact}-{wording}",
+            messages=(("user", f"question {fact} in wording {wording}"),),
+            completion=f"answer {fact}",
+            kind="correction",
+        )
+        for fact in range(num_facts)
+        for wording in range(num_wordings)
+    ]
+
+
+def test_judged_answers_are_still_taught_by_other_wordings() -> None:
+    parts = split_holdout(_examples(28, 3), 0.2)
+
+    taught = {example.completion for example in parts.train}
+    assert len(parts.judge) == 17
+    assert {example.completion for example in parts.judge} <= taught
+
+
+def test_answers_with_many_wordings_are_judged_first() -> None:
+    rows = [*_examples(3, 3), *[e for e in _examples(9, 1) if int(e.id.split("-")[1]) > 2]]
+
+    parts = split_holdout(rows, 0.2)
+
+    assert {example.completion for example in parts.judge} <= {f"answer {i}" for i in range(3)}
+
+
+@given(st.integers(0, 12), st.integers(1, 4), st.floats(0.01, 0.99))
+def test_parts_are_disjoint_complete_and_do_not_depend_on_order(
+    num_facts: int, num_wordings: int, share: float
+) -> None:
+    rows = _examples(num_facts, num_wordings)
+
+    parts, again = split_holdout(rows, share), split_holdout(rows[::-1], share)
+
+    assert {e.id for e in parts.train} | {e.id for e in parts.judge} == {e.id for e in rows}
+    assert len(parts.train) + len(parts.judge) == len(rows)
+    assert {e.id for e in parts.judge} == {e.id for e in again.judge}
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5])
+def test_share_outside_its_range_is_refused(share: float) -> None:
+    with pytest.raises(InputError, match="inside"):
+        split_holdout(_examples(2, 3), share)
