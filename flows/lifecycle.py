@@ -10,6 +10,7 @@ from perennial.flows.detect import check_traffic
 from perennial.flows.release import release_round
 from perennial.flows.retrain import open_round, retrain_round, round_summary
 from perennial.flows.wiring import Deps, connect
+from perennial.infra.errors import LeaseLostError
 from perennial.infra.settings import ApprovalSettings
 from perennial.registry.rounds import Round
 
@@ -30,8 +31,11 @@ def lifecycle(
         policy = deps.settings.approval
         if approval is not None:
             policy = ApprovalSettings(mode=approval, wait_s=policy.wait_s)
-        retrain_round(deps, current)
-        state = release_round(deps, current, policy)
+        try:
+            retrain_round(deps, current)
+            state = release_round(deps, current, policy)
+        except LeaseLostError as error:
+            return str(error)
         create_markdown_artifact(key="round", markdown=round_summary(deps, current.id))
         return state
 

@@ -8,7 +8,7 @@ from prefect import flow
 
 from perennial.flows.steps import Json, Steps, digest, leased, transient_task
 from perennial.flows.wiring import Deps, connect
-from perennial.infra.errors import ConflictError, PerennialError
+from perennial.infra.errors import ConflictError, LeaseLostError, PerennialError
 from perennial.infra.settings import ApprovalSettings
 from perennial.registry.approvals import Approval, ApprovalState
 from perennial.registry.reconcile import reconcile
@@ -26,7 +26,10 @@ def release(task_name: str) -> str:
         current = deps.ledger.current(task_name)
         state = "no open round"
         if current is not None and "register" in deps.ledger.steps(current.id):
-            state = release_round(deps, current, deps.settings.approval)
+            try:
+                state = release_round(deps, current, deps.settings.approval)
+            except LeaseLostError as error:
+                return str(error)
         show_in_mlflow(deps, task_name)
         return state
 

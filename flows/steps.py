@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -19,7 +19,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from perennial.flows.supervisor import exclusive
-from perennial.infra.errors import LeaseLostError, UnavailableError
+from perennial.infra.errors import ConflictError, LeaseLostError, UnavailableError
 from perennial.registry.rounds import Lease, Ledger
 
 log = logging.getLogger(__name__)
@@ -94,10 +94,13 @@ def leased(ledger: Ledger, round_id: str, home: Path) -> Iterator[Steps]:
     once. A worker elsewhere waits until it runs out.
 
     Raises:
-        ConflictError: another process of this installation works on a round.
-        LeaseLostError: a live worker on another machine owns the round.
+        LeaseLostError: a live worker, here or on another machine, owns the round.
     """
-    with exclusive(home / "run" / "round.lock"):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(home / "run" / "round.lock"))
+        except ConflictError as error:
+            raise LeaseLostError(f"round {round_id} is being worked on: {error}") from error
         yield from _leased(ledger, round_id, f"{socket.gethostname()}:{home}")
 
 

@@ -1,6 +1,6 @@
 """The numbers of a training round, checked when they are made.
 
-Defaults are the recipe measured by tests/bench/round_recipe.py on SmolLM2-135M. Which rows are
+Defaults are for SmolLM2-135M; tests/bench/round_recipe.py measures what they give. Which rows are
 trained on is left to the job file.
 """
 

@@ -1,16 +1,17 @@
 """Two rounds of the desk, as the product trains them: what is gained, kept and forgotten.
 
-    python tests/bench/round_recipe.py --out /somewhere [--seed 1] [--config '{"epochs": 8}']
+    python tests/bench/round_recipe.py [--out DIR] [--seed 1] [--config '{"epochs": 8}']
 
 Trains and scores in processes of their own, through the same job files as the lifecycle. Prints a
 table and, as the last line, `RESULT {json}`. Seconds depend on what else the machine does: compare
-tokens first. Two rounds need about four minutes on two quiet cores.
+tokens first.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,12 +128,14 @@ def report(
         "seed": args.seed,
         "config": rounds[0]["config"],
         "accuracy": {n: {s: row[s]["accuracy"] for s in graded} for n, row in results.items()},
-        "nll_delta": {n: {s: row[s]["nll"] - base[s]["nll"] for s in plain} for n, row in results.items()},
+        "nll_delta": {
+            n: {s: row[s]["nll"] - base[s]["nll"] for s in plain} for n, row in results.items()
+        },
         "num_tokens": [summary["num_tokens"] for summary in rounds],
         "process_s": [round(summary["process_s"], 1) for summary in rounds],
         "peak_rss_mb": max(summary["peak_rss_mb"] for summary in rounds),
         "num_superseded": num_left,
-    }  # fmt: skip
+    }
     print("RESULT " + json.dumps(result))
 
 
@@ -191,7 +194,12 @@ def jsonl(path: Path) -> list[dict[str, Any]]:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    found.add_argument("--out", type=Path, required=True, help="folder for rows, adapters, scores")
+    found.add_argument(
+        "--out",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "perennial-round-recipe",
+        help="folder for rows, adapters, scores",
+    )
     found.add_argument("--base-model", default="smollm2-135m")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--config", default="{}", help="fields of the recipe to change, as JSON")
