@@ -125,7 +125,10 @@ def _suites(
     replayed = curated.replay.rows
     sample = replayed[:: max(1, len(replayed) // _NUM_REPLAYED_JUDGED)][:_NUM_REPLAYED_JUDGED]
     suites = {
-        "retained": [_past_row(deps, example) for example in (*curated.judged, *sample)],
+        "retained": [
+            *(_past_row(deps, example, "round") for example in curated.judged),
+            *(_past_row(deps, example, "trained-in-round") for example in sample),
+        ],
         "stale": [_stale_row(item) for item in curated.forgotten],
         "general": [_row(_general(i, *pair), rule="none") for i, pair in enumerate(probe)],
     }
@@ -133,10 +136,10 @@ def _suites(
     return {**enough, "target": [_row(example) for example in curated.new.judge]}
 
 
-def _past_row(deps: Deps, example: Example) -> Row:
+def _past_row(deps: Deps, example: Example, origin: str) -> Row:
     """A row of an earlier round; its id tells which, for the plot of what each round did."""
     number = deps.ledger.get(example.round_id).number if example.round_id else 0
-    return {**_row(example), "id": f"round-{number}/{example.id}"}
+    return {**_row(example), "id": f"{origin}-{number}/{example.id}"}
 
 
 def _row(example: Example, rule: str = "contains") -> Row:

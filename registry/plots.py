@@ -52,7 +52,7 @@ def plot_loss(points: Sequence[LossPoint], title: str) -> bytes:
 def plot_r_matrix(
     scores: Sequence[Sequence[float | None]], stages: Sequence[str], tasks: Sequence[str]
 ) -> bytes:
-    """Heat map of R[i, j], the share right on task j after stage i; None where not measured."""
+    """Heat map of R[i, j], the mean score on task j after stage i; None where not measured."""
     values = np.array([[np.nan if v is None else v for v in row] for row in scores], dtype=float)
     width, height = 3.6 + 1.5 * len(tasks), 2.4 + 0.75 * len(stages)
     figure, axes = _figure(width, height, "What each round did to each suite")
@@ -66,7 +66,7 @@ def plot_r_matrix(
         size = 9 if np.isnan(value) else 13
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, label="share of answers right")
+    bar = figure.colorbar(image, ax=axes, label="mean score")
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     return _png(figure)
