@@ -131,13 +131,19 @@ def confirm_serving(deps: Deps, task_name: str, version: ModelVersion) -> bool:
     url = f"{deps.settings.api_url}/v1/serving"
     while time.monotonic() < deadline:
         try:
-            shown = httpx.get(url, timeout=5, trust_env=False).text
+            shown = httpx.get(url, timeout=5, trust_env=False).raise_for_status().json()
         except httpx.HTTPError:
             return False
-        if version.name in shown:
+        # Not the list of loaded adapters: one is loaded before requests are routed to it.
+        if _route(shown, task_name).get("version") == version.name:
             return True
         pause.wait(0.5)
     return False
+
+
+def _route(shown: Json, task_name: str) -> Json:
+    routes: list[Json] = shown["tasks"]
+    return next((route for route in routes if route["task"] == task_name), {})
 
 
 def _version_of(deps: Deps, round_: Round) -> ModelVersion:
