@@ -66,10 +66,10 @@ def render_description(card: Card) -> str:
     name = card.version.name
     approve = (
         "## How to approve\n\n"
-        "Add the tag `approval` with the value `approved` to this version (or `rejected` to keep "
-        f"it out), or run `perennial approve {name}`. The gate is asked again whether the champion "
-        "is still the one compared with, the adapter's digest is checked, and the tag "
-        "`approval_result` says what came of it."
+        "Set the tag `approval` of this version to `approved` (`rejected` keeps it out) and "
+        f"`approved_by` to your name, or run `perennial approve {name}` with `--by NAME`. Before "
+        "it goes live the adapter's digest is checked, and the champion must still be the one "
+        "compared with."
     )
     return f"{render_evidence(card)}\n\n{approve}\n"
 

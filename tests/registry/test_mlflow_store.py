@@ -139,8 +139,8 @@ def test_the_approval_tag_is_seen_and_answered(
     assert store.approval(version) is None
     client.set_model_version_tag(version.task, "1", "approval", " Approved ")
     assert store.approval(version) == "approved"
-    store.set_tags(version, {"approval_result": "promoted"})
-    assert client.get_model_version(version.task, "1").tags["approval_result"] == "promoted"
+    store.set_tags(version, {"gate_note": "promoted"})
+    assert client.get_model_version(version.task, "1").tags["gate_note"] == "promoted"
 
 
 def test_a_version_that_mlflow_does_not_know_is_not_found(
