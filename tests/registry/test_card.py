@@ -38,7 +38,7 @@ def test_the_description_says_what_a_reviewer_needs() -> None:
     )
     assert "- **not met**: kept: change -50.0%" in text
     assert "| general (must not rise, nats/token) | 20 / 20 | 2.000 | 2.050 |" in text
-    assert "tag `approval` with the value `approved`" in text
+    assert "Set the tag `approval` of this version to `approved`" in text
     assert "`perennial approve support-v2-0a1b2c3d`" in text
 
 
