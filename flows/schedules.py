@@ -8,10 +8,10 @@ from datetime import timedelta
 from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
 
+from perennial.flows.remote import DEPLOYMENT
 from perennial.infra.settings import Settings
 
 RELEASE_EVERY_S = 30
-DEPLOYMENT = "scheduled"
 
 
 def deployments(settings: Settings) -> tuple[RunnerDeployment, ...]:
