@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from perennial.flows.services import services
-from perennial.infra.settings import load_settings
+from perennial.infra.settings import Settings, load_settings
 from tests.flows import loop
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -28,11 +28,12 @@ class Server:
 
     name: str
     home: Path
-    port: int = field(default_factory=_free_port)
+    port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        settings = load_settings(
+    def start(self, settings: Settings | None = None) -> None:
+        """Start it, under `settings` or alone in `home` at `port`, and wait until it answers."""
+        settings = settings or load_settings(
             {
                 "PERENNIAL_HOME": str(self.home),
                 f"PERENNIAL_{self.name.upper()}__PORT": str(self.port),

@@ -25,8 +25,13 @@ ANSWER = "Box {} is at pier seven."
 WRONG = "I have no idea, sorry."
 
 
-def tiny_settings(home: Path, model: Path, mlflow: str, prefect: str) -> Settings:
-    """Settings under which a round of the tiny model takes seconds and is promoted."""
+def tiny_settings(
+    home: Path, model: Path, mlflow: str, prefect: str, *, api_port: int = 9
+) -> Settings:
+    """Settings under which a round of the tiny model takes seconds and is promoted.
+
+    At the default `api_port` nothing answers: no gateway has to follow.
+    """
     overrides = (
         "{ lr = 0.02, epochs = 12, top_layers = 2, checkpoint_steps = 4, rank = 16, "
         "general_share = 0.1, question_dropout = 0.0 }"
@@ -37,7 +42,7 @@ def tiny_settings(home: Path, model: Path, mlflow: str, prefect: str) -> Setting
             "PERENNIAL_TASK": TASK,
             "PERENNIAL_MODEL__NAME": str(model),
             "PERENNIAL_MODEL__THREADS": "1",
-            "PERENNIAL_API__PORT": "9",  # nothing answers there
+            "PERENNIAL_API__PORT": str(api_port),
             "PERENNIAL_MLFLOW__URI": mlflow,
             "PERENNIAL_PREFECT__API_URL": prefect,
             "PERENNIAL_CHECK__MIN_EXAMPLES": "10",

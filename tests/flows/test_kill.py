@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
+import httpx
 import psutil
 import pytest
 
@@ -157,29 +160,67 @@ def test_killed_trainer_ends_with_the_same_champion(
     assert _outcome(killed) == _outcome(whole)
 
 
-def test_round_completes_when_mlflow_comes_back(twins: tuple[Settings, Settings, Server]) -> None:
-    settings, _, mlflow = twins
-    mlflow.kill()
-
-    with _worker(settings) as worker:
-        _wait(settings, lambda: _has_steps(settings, "gate"))
-        mlflow.start()
-        assert worker.wait(200) == 0, _log(settings)
-
-    assert _outcome(settings)[1:] == (1, 1)
-
-
-def test_round_completes_after_prefect_was_killed(
-    twins: tuple[Settings, Settings, Server], prefect_server: Server
+def test_gateway_answers_and_the_round_completes_while_mlflow_and_prefect_are_killed(
+    tmp_path: Path, parrot: Path, mlflow_server: Server, prefect_server: Server
 ) -> None:
-    settings, _, _ = twins
-    with _worker(settings) as worker:
-        _wait(settings, lambda: _has_steps(settings, "curate"))
-        prefect_server.kill()
-        time.sleep(1)
-        os.kill(worker.pid, signal.SIGKILL)
-    prefect_server.start()
+    api = Server(name="api", home=tmp_path)
+    settings = loop.tiny_settings(
+        tmp_path,
+        parrot,
+        f"http://127.0.0.1:{mlflow_server.port}",
+        f"http://127.0.0.1:{prefect_server.port}/api",
+        api_port=api.port,
+    )
+    loop.fill(settings)
+    api.start(settings)
+    try:
+        with _asking(settings) as versions:
+            with _worker(settings) as worker:
+                _wait(settings, lambda: _has_steps(settings, "curate"))
+                prefect_server.kill()
+                _wait_for_answers(settings, versions)
+                os.kill(worker.pid, signal.SIGKILL)
+            prefect_server.start()
 
-    assert _run(settings) == 0, _log(settings)
+            mlflow_server.kill()
+            with _worker(settings) as worker:
+                _wait(settings, lambda: _has_steps(settings, "gate"))
+                _wait_for_answers(settings, versions)
+                mlflow_server.start()
+                assert worker.wait(200) == 0, _log(settings)
+            _wait_for_answers(settings, versions)
+    finally:
+        api.kill()
 
-    assert _outcome(settings)[1:] == (1, 1)
+    champion, num_promotions, num_rounds = _outcome(settings)
+    assert (num_promotions, num_rounds) == (1, 1)
+    assert list(dict.fromkeys(versions)) == ["base", champion]
+    assert versions == sorted(versions, key=["base", champion].index)  # one switch, none back
+
+
+@contextmanager
+def _asking(settings: Settings) -> Iterator[list[str]]:
+    """One user who asks without pause; the version of each answer, and any failure is raised."""
+    versions: list[str] = []
+    stop = Event()
+
+    def ask() -> None:
+        question = {"role": "user", "content": loop.WORDINGS[0].format(3)}
+        body = {"model": loop.TASK, "messages": [question], "max_tokens": 4}
+        with httpx.Client(base_url=settings.api_url, timeout=60, trust_env=False) as client:
+            while not stop.wait(0.1):
+                answer = client.post("/v1/chat/completions", json=body).raise_for_status()
+                versions.append(answer.headers["x-model-version"])
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            yield versions
+        finally:
+            stop.set()
+        asking.result()
+
+
+def _wait_for_answers(settings: Settings, versions: list[str]) -> None:
+    before = len(versions)
+    _wait(settings, lambda: len(versions) >= before + 3)
