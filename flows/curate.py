@@ -24,7 +24,7 @@ from perennial.training.holdout import Holdout, split_holdout
 from perennial.training.replay import Contradiction, ReplayStore, contradicted, load_replay
 from perennial.training.text import fit_tfidf
 
-_NUM_REPLAYED_JUDGED = 60
+_NUM_REPLAYED_JUDGED = 45
 
 Row = dict[str, Any]  # Any: a suite row as JSON
 

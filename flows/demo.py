@@ -38,14 +38,14 @@ _ROUND_S = 1800.0
 _REVIEWER = "Robin (reviewer)"
 
 
-def run_demo(home: Path, *, json_file: Path | None, keep: bool) -> None:
+def run_demo(home: Path, *, seed: int, json_file: Path | None, keep: bool) -> None:
     """Play both acts under `home`, which is emptied first, and print the table.
 
     Raises:
         ConfigError: `home` holds something that no demo made.
         StepError: a flow failed or a round was not promoted; the message says where to look.
     """
-    settings = _prepare(home.expanduser().resolve())
+    settings = _prepare(home.expanduser().resolve(), seed)
     screen = Screen()
     started = time.monotonic()
     supervisor = Supervisor(settings.home, services(settings))
@@ -134,7 +134,7 @@ class _Play:
             )
 
 
-def _prepare(home: Path) -> Settings:
+def _prepare(home: Path, seed: int) -> Settings:
     """Fresh settings and a migrated store under an emptied `home`, on ports that are free."""
     if home.exists():
         if any(home.iterdir()) and not (home / _MARKER).exists():
@@ -153,6 +153,7 @@ def _prepare(home: Path) -> Settings:
             "PERENNIAL_CHECK__EVERY_S": "86400",
             "PERENNIAL_CHECK__COOLDOWN_S": "0",
             "PERENNIAL_APPROVAL__WAIT_S": "600",
+            "PERENNIAL_TRAINING__OVERRIDES": f"{{ seed = {seed} }}",
         },
         _no_file(home),
     )

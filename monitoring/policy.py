@@ -193,7 +193,7 @@ def _drift_text(evidence: CheckEvidence, policy: Policy) -> str:
     drift = evidence.drift
     assert drift is not None  # _has_drifted said so
     return (
-        f"prompts differ from the reference (p = {drift.p_value:.4f} <= {policy.drift_level}; "
+        f"prompts differ from the reference (p = {drift.p_value:.4f} ≤ {policy.drift_level}; "
         f"distance {drift.distance:.3f}, {drift.null_distance:.3f} by chance)"
     )
 
@@ -205,7 +205,7 @@ def _feedback_drop(evidence: CheckEvidence, policy: Policy) -> Reason | None:
     )
     texts = [
         f"the {name} rate rose from {rise.reference.value:.0%} to {rise.current.value:.0%} "
-        f"(p = {rise.p_value:.4f} <= {policy.feedback_level / 2})"
+        f"(p = {rise.p_value:.4f} ≤ {policy.feedback_level / 2})"
         for name, rise in named
         if rise is not None
         and rise.p_value <= policy.feedback_level / 2

@@ -171,7 +171,8 @@ def _metrics(result: CheckResult, current: pd.DataFrame) -> list[object]:
             else ValueDrift(column=column, method="ks", threshold=0.01)
             for column in columns
         ]
-    stats = [ValueStats(column=column) for column in (*_TEXT, *columns)]
+    # Not of a text column: Evidently gives it no graph, and its page then stays blank.
+    stats = [ValueStats(column=column) for column in columns]
     return [*(metric for metric in ours if metric), RowCount(), *stats, *drifts]
 
 

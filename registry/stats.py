@@ -120,10 +120,11 @@ def cautious_interval(
     residuals_G = sums_G - counts_G * centre
     spread = float((residuals_G**2).sum()) * _small_sample(sums_G.size) + (z * pseudo) ** 2
     half = z * np.sqrt(spread) / num_rows
+    largest = pseudo or np.inf
     return Interval(
         estimate=totals.mean,
-        low=min(drawn.low, float(centre - half)),
-        high=max(drawn.high, float(centre + half)),
+        low=max(-largest, min(drawn.low, float(centre - half))),
+        high=min(largest, max(drawn.high, float(centre + half))),
     )
 
 

@@ -70,7 +70,9 @@ def train(
     batches = plan(sources, config)
     prepared = prepare(model, sources, config)
     weights = lora.trainable(model)
-    optimizer = torch.optim.AdamW(weights.values(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        weights.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
     cursor = checkpoint.restore(checkpoints, job, weights, optimizer)
     started, num_tokens, loss = time.monotonic(), 0, math.nan
     for step, batch in enumerate(batches[cursor.step :], start=cursor.step + 1):

@@ -67,8 +67,6 @@ def test_the_folder_is_complete_and_sealed(report: Report) -> None:
 def test_the_page_shows_every_column(report: Report) -> None:
     _, _, page, document = report
     columns = (
-        "prompt",
-        "answer",
         "num_prompt_words",
         "num_answer_chars",
         "prompt_digit_share",
@@ -83,6 +81,13 @@ def test_the_page_shows_every_column(report: Report) -> None:
     for column in columns:
         assert column in data
         assert f"column={column}" in document
+
+
+def test_no_part_of_the_page_lacks_its_graph(report: Report) -> None:
+    # One such part is enough for Evidently's script to draw nothing at all.
+    _, _, page, _ = report
+    assert '"graph": {' in page
+    assert '"graph": null' not in page
 
 
 def test_the_page_shows_our_test_decision_and_words(report: Report) -> None:
