@@ -1,62 +1,56 @@
 """The HTTP API of the feedback component.
 
-`create_app` puts routes, errors, limits and metrics around a `FeedbackStore`. A 201 is sent after
-the commit, never before. The wiring chooses store and authentication, and may add routes of its
-own (the gateway's), which then share the errors, request ids and metrics.
+`create_app` puts routes, errors, limits and metrics around a `FeedbackStore`; the routes that write
+are `ingest`'s. The wiring chooses store and authentication, and may add routes of its own (the
+gateway's), which then share the errors, request ids and metrics.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
-from starlette.types import Lifespan
+from starlette.concurrency import run_in_threadpool
 
-from perennial.feedback.batch import to_replies, to_submissions
+from perennial.feedback.admission import Admission, open_admission
+from perennial.feedback.committer import GroupCommitter
+from perennial.feedback.ingest import IngestDeps, ingest_routes
 from perennial.feedback.keys import Authenticate, Principal, Scope
-from perennial.feedback.limits import MAX_BATCH_BYTES, json_body
 from perennial.feedback.metrics import Metrics, Observe
-from perennial.feedback.openapi import PROBLEM_RESPONSES, describe, replayed, takes
+from perennial.feedback.openapi import PROBLEM_RESPONSES, describe
 from perennial.feedback.problems import handle_errors
-from perennial.feedback.records import ID_PATTERN
+from perennial.feedback.queries import PageQuery, TaskPageQuery
+from perennial.feedback.records import ID_PATTERN, MAX_NAME_CHARS
+from perennial.feedback.redact import Redact, pseudonym, redact_nothing
 from perennial.feedback.replies import (
-    BatchReply,
-    FeedbackCreated,
+    Erased,
     FeedbackPage,
     FeedbackReply,
     Health,
-    InteractionCreated,
     InteractionPage,
     InteractionReply,
-    Problem,
 )
-from perennial.feedback.schemas import (
-    KEY_PATTERN,
-    BatchBody,
-    BatchItemBody,
-    FeedbackBody,
-    InteractionBody,
-    PageQuery,
-    TaskPageQuery,
-    payload_sha256,
-)
-from perennial.feedback.store import FeedbackStore, IdempotencyKey, Stored, StoredFeedback
-from perennial.infra.clock import Clock, new_id, utc_now
-from perennial.infra.errors import ForbiddenError
+from perennial.feedback.store import FeedbackStore
+from perennial.infra.clock import Clock, utc_now
+from perennial.infra.errors import ForbiddenError, UnavailableError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiDeps:
-    """What the app stands on; `lifespan` runs around it."""
+    """What the app stands on; `lifespan` runs around it, and `committer` is closed after it."""
 
     store: FeedbackStore
+    committer: GroupCommitter
     authenticate: Authenticate
+    admission: Admission = field(default_factory=open_admission)
+    redact: Redact = redact_nothing
     clock: Clock = utc_now
-    lifespan: Lifespan[FastAPI] | None = None
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
 
 
 def create_app(deps: ApiDeps) -> FastAPI:
@@ -66,15 +60,33 @@ def create_app(deps: ApiDeps) -> FastAPI:
         version=version("perennial-llm"),
         docs_url=None,  # both pages load scripts from a CDN
         redoc_url=None,
-        lifespan=deps.lifespan,
+        lifespan=partial(_lifespan, deps),
     )
     app.state.deps = deps
     app.state.metrics = Metrics()
+    app.router.routes += ingest_routes(
+        IngestDeps(
+            committer=deps.committer,
+            authenticate=deps.authenticate,
+            admission=deps.admission,
+            redact=deps.redact,
+            clock=deps.clock,
+            metrics=app.state.metrics,
+        )
+    )
     app.include_router(_router)
     handle_errors(app)
-    describe(app, Problem, InteractionBody, FeedbackBody, BatchBody, BatchItemBody)
+    describe(app)
     app.add_middleware(Observe, metrics=app.state.metrics)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(deps: ApiDeps, app: FastAPI) -> AsyncIterator[None]:
+    deps.committer.start()
+    async with deps.lifespan(app):
+        yield
+    await run_in_threadpool(deps.committer.close)
 
 
 _router = APIRouter(responses=PROBLEM_RESPONSES)
@@ -106,71 +118,10 @@ def _needs(scope: Scope) -> Callable[..., Principal]:
 
 Deps = Annotated[ApiDeps, Depends(_deps)]
 Counters = Annotated[Metrics, Depends(_metrics)]
-Writer = Annotated[Principal, Depends(_needs(Scope.INGEST))]
 Reader = Annotated[Principal, Depends(_needs(Scope.READ))]
-Key = Annotated[str | None, Header(alias="Idempotency-Key", pattern=KEY_PATTERN)]
+Admin = Annotated[Principal, Depends(_needs(Scope.ADMIN))]
+Subject = Annotated[str, Path(min_length=1, max_length=MAX_NAME_CHARS, pattern=r"^[^\x00]*$")]
 PathId = Annotated[str, Path(pattern=ID_PATTERN)]
-
-
-@_router.post(
-    "/v1/interactions",
-    status_code=201,
-    responses=replayed(InteractionCreated),
-    openapi_extra=takes(InteractionBody),
-)
-def post_interaction(
-    caller: Writer,
-    body: Annotated[InteractionBody, Depends(json_body(InteractionBody))],
-    deps: Deps,
-    counters: Counters,
-    response: Response,
-    idempotency_key: Key = None,
-) -> InteractionCreated:
-    """Store one answered request, once; 200 with `Idempotency-Replayed: true` if it was there."""
-    item = body.to_record(id=new_id("int"), tenant=caller.tenant, received_at=deps.clock())
-    stored = deps.store.add_interaction(item, _key(idempotency_key, body))
-    counters.count_interaction(stored)
-    _mark_replay(response, stored)
-    return InteractionCreated(id=stored.id)
-
-
-@_router.post(
-    "/v1/feedback",
-    status_code=201,
-    responses=replayed(FeedbackCreated),
-    openapi_extra=takes(FeedbackBody),
-)
-def post_feedback(
-    caller: Writer,
-    body: Annotated[FeedbackBody, Depends(json_body(FeedbackBody))],
-    deps: Deps,
-    counters: Counters,
-    response: Response,
-    idempotency_key: Key = None,
-) -> FeedbackCreated:
-    """Store one signal, once per key; an unknown target makes it `pending`, not an error."""
-    item = body.to_record(id=new_id("fb"), tenant=caller.tenant, received_at=deps.clock())
-    stored = deps.store.add_feedback(item, _key(idempotency_key, body))
-    counters.count_feedback(item.signal.kind, stored)
-    _mark_replay(response, stored)
-    return FeedbackCreated(id=stored.id, status=stored.status)
-
-
-@_router.post("/v1/feedback/batch", openapi_extra=takes(BatchBody))
-def post_feedback_batch(
-    caller: Writer,
-    body: Annotated[BatchBody, Depends(json_body(BatchBody, MAX_BATCH_BYTES))],
-    deps: Deps,
-    counters: Counters,
-    idempotency_key: Key = None,
-) -> BatchReply:
-    """Store up to 1,000 signals in one transaction; each item has a status of its own."""
-    checked = to_submissions(body, caller.tenant, idempotency_key, deps.clock())
-    results = deps.store.add_feedback_batch(checked.submissions)
-    for submission, result in zip(checked.submissions, results, strict=True):
-        if isinstance(result, StoredFeedback):
-            counters.count_feedback(submission.feedback.signal.kind, result)
-    return to_replies(checked, results)
 
 
 @_router.get("/v1/interactions/{id}")
@@ -203,6 +154,14 @@ def list_feedback(caller: Reader, deps: Deps, query: Annotated[PageQuery, Query(
     return FeedbackPage(items=items, next_after=page.next_after)
 
 
+@_router.delete("/v1/subjects/{subject:path}")
+def erase_subject(caller: Admin, deps: Deps, subject: Subject) -> Erased:
+    """Empty what one end user said and was told; ids and keys stay, so that no retry revives it."""
+    # Where the subject itself was redacted it was stored under its pseudonym.
+    names = (subject, pseudonym(caller.tenant, subject))
+    return Erased(num_rows=sum(deps.store.erase_subject(caller.tenant, name) for name in names))
+
+
 @_router.get("/healthz")
 async def healthz() -> Health:
     """The process is alive."""
@@ -211,7 +170,9 @@ async def healthz() -> Health:
 
 @_router.get("/readyz")
 def readyz(deps: Deps) -> Health:
-    """The store can be reached; else 503."""
+    """The store can be reached and takes writes; else 503."""
+    if not deps.committer.is_running:
+        raise UnavailableError("the writer has stopped")
     deps.store.ping()
     return Health()
 
@@ -220,15 +181,3 @@ def readyz(deps: Deps) -> Health:
 def metrics(counters: Counters) -> Response:
     """Prometheus text."""
     return Response(generate_latest(counters.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _key(value: str | None, body: BaseModel) -> IdempotencyKey | None:
-    if value is None:
-        return None
-    return IdempotencyKey(value=value, payload_sha256=payload_sha256(body))
-
-
-def _mark_replay(response: Response, stored: Stored | StoredFeedback) -> None:
-    if stored.is_replay:
-        response.status_code = 200
-        response.headers["Idempotency-Replayed"] = "true"

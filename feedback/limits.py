@@ -1,67 +1,86 @@
-"""What a request body may be: JSON in UTF-8 of a bounded size, matching its model.
+"""What a request body may be: JSON in UTF-8 of a bounded size, matching its struct.
 
 The size is counted while reading, so an oversize body costs at most its limit in memory; depth is
 bounded by the parser.
 """
 
-from collections.abc import Awaitable, Callable
+import re
 from typing import TypeVar
 
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+import msgspec
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
-from perennial.infra.errors import TooLargeError
+from perennial.infra.errors import InputError, MalformedError, TooLargeError
 
 MAX_BODY_BYTES = 1 << 20
 MAX_BATCH_BYTES = 5 << 20
 
-BodyT = TypeVar("BodyT", bound=BaseModel)
+BodyT = TypeVar("BodyT")
+
+# msgspec's own words for these repeat what was sent.
+_OWN_REASONS = {
+    "Invalid value": "the kind is not one of those documented",
+    "Invalid enum value": "it is not one of the values documented",
+}
+_MAX_FIELD_CHARS = 120
 
 
-def json_body(
-    model: type[BodyT], max_bytes: int = MAX_BODY_BYTES
-) -> Callable[[Request], Awaitable[BodyT]]:
-    """A FastAPI dependency that reads, bounds and checks the request's body."""
-
-    async def read(request: Request) -> BodyT:
-        _check_content_type(request)
-        return parse_body(model, await read_body(request, max_bytes))
-
-    return read
-
-
-def parse_body(model: type[BodyT], content: bytes) -> BodyT:
-    """`content` as a `model`.
+async def read_json(request: Request, max_bytes: int) -> bytes:
+    """The whole body of a request that says it is JSON.
 
     Raises:
-        HTTPException: 400, not UTF-8 or not JSON.
-        RequestValidationError: JSON, but not of this model.
+        HTTPException: 415, it says it is something else.
+        TooLargeError: as soon as it is known to exceed `max_bytes`.
     """
-    try:
-        content.decode()
-        return model.model_validate_json(content)
-    except UnicodeDecodeError as error:
-        raise HTTPException(400, "the body is not UTF-8") from error
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_context=False, include_input=False)
-        if any(detail["type"] == "json_invalid" for detail in details):
-            raise HTTPException(400, f"the body is not JSON: {details[0]['msg']}") from error
-        raise RequestValidationError(details) from error
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, or TooLargeError as soon as it is known to exceed `max_bytes`."""
+    _check_content_type(request)
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
-    content = bytearray()
+    chunks, num_bytes = [], 0
     async for chunk in request.stream():
-        content += chunk
-        if len(content) > max_bytes:
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
             raise _too_large(max_bytes)
-    return bytes(content)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def parse_json(decoder: msgspec.json.Decoder[BodyT], content: bytes) -> BodyT:
+    """`content` as the decoder's struct.
+
+    Raises:
+        MalformedError: it is not JSON in UTF-8.
+        InputError: it is JSON, but not of this struct; `field` and `reason` say where and why.
+    """
+    try:
+        return decoder.decode(content)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise MalformedError("the body is not UTF-8") from error
+    except msgspec.DecodeError as error:
+        raise MalformedError(f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise MalformedError("the body is nested too deeply") from error
+
+
+def bearer_token(request: Request) -> str | None:
+    """The token of `Authorization: Bearer …`, if there is one."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token else None
+
+
+def _field_error(said: str) -> InputError:
+    """The error of `REASON - at `$.path``, without any value that was sent."""
+    reason, _, path = said.partition(" - at `$")
+    if unknown := re.match(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
+        path, reason = f"{path.rstrip('`')}.{unknown[1][:40]}", "this field is not known"
+    else:
+        words = next((own for start, own in _OWN_REASONS.items() if reason.startswith(start)), None)
+        reason = words or reason
+    field = path.rstrip("`").lstrip(".")[:_MAX_FIELD_CHARS] or "body"
+    return InputError("a field cannot be accepted; see errors", field=field, reason=reason)
 
 
 def _too_large(max_bytes: int) -> TooLargeError:

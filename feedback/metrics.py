@@ -5,12 +5,13 @@ Labels are route templates and codes, never what a client chose, so their number
 
 import re
 import time
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from perennial.feedback.store import Stored, StoredFeedback
+from perennial.feedback.store import Stored
 from perennial.infra.clock import new_id
 
 _REQUEST_ID = "x-request-id"
@@ -43,13 +44,34 @@ class Metrics:
             ("kind", "status"),
             registry=self.registry,
         )
+        self.redacted = Counter(
+            "perennial_redacted", "Texts redacted", ("label",), registry=self.registry
+        )
+        # Looking children up by their labels takes longer than counting.
+        self._of_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def count_request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """One more request answered."""
+        labels = (route, method, status)
+        found = self._of_request.get(labels)
+        if found is None:
+            counter = self.requests.labels(route, method, str(status))
+            found = self._of_request[labels] = (counter, self.seconds.labels(route))
+        counter, histogram = found
+        counter.inc()
+        histogram.observe(seconds)
+
+    def count_redacted(self, counts: Mapping[str, int]) -> None:
+        """What was taken out of one record, by class."""
+        for label, num in counts.items():
+            self.redacted.labels(label).inc(num)
 
     def count_interaction(self, stored: Stored) -> None:
         """One more, unless it was there before."""
         if not stored.is_replay:
             self.interactions.inc()
 
-    def count_feedback(self, kind: str, stored: StoredFeedback) -> None:
+    def count_feedback(self, kind: str, stored: Stored) -> None:
         """One more of `kind`, unless it was there before."""
         if not stored.is_replay:
             self.feedback.labels(kind, stored.status).inc()

@@ -1,5 +1,8 @@
-"""The OpenAPI's parts that FastAPI cannot find: bodies we read ourselves, the shape of errors."""
+"""The OpenAPI's parts that FastAPI cannot find: the routes that write, the shape of errors."""
 
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -7,8 +10,15 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from perennial.feedback.bodies import KEY_PATTERN, json_schemas
 from perennial.feedback.problems import MEDIA_TYPE
-from perennial.feedback.replies import Problem
+from perennial.feedback.replies import (
+    FeedbackBatchReply,
+    FeedbackCreated,
+    InteractionBatchReply,
+    InteractionCreated,
+    Problem,
+)
 
 _REF = "#/components/schemas/{model}"
 
@@ -25,37 +35,100 @@ PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def takes(model: type[BaseModel]) -> dict[str, Any]:
-    """The part of an operation that says it takes `model` as its JSON body."""
-    schema = {"$ref": _REF.format(model=model.__name__)}
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return {"requestBody": body}
-
-
-def replayed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The response to a request that was stored before."""
-    header = {"description": "`true`", "schema": {"type": "string"}}
-    words = "It was stored before, by this key or id; the first answer again."
-    return {
-        200: {
-            "model": model,
-            "description": words,
-            "headers": {"Idempotency-Replayed": header},
-        }
-    }
-
-
-def describe(app: FastAPI, *models: type[BaseModel]) -> None:
-    """Let the app's OpenAPI define `models` beside those that FastAPI found."""
+def describe(app: FastAPI) -> None:
+    """Let the app's OpenAPI tell of the routes that write, which FastAPI does not know."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            inputs = [(model, "validation") for model in models]
-            _, extra = models_json_schema(inputs, ref_template=_REF)  # type: ignore[arg-type]  # a tuple of literals
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            schemas.update(extra["$defs"])
+            schemas.update(_schemas())
+            for path, operation in _WRITES.items():
+                document["paths"].setdefault(path, {})["post"] = _operation(path, operation)
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Write:
+    """What the document says of a route that writes."""
+
+    summary: str
+    takes: str
+    gives: type[BaseModel]
+    is_batch: bool = False
+
+
+_WRITES: Mapping[str, _Write] = {
+    "/v1/interactions": _Write(
+        summary="Store one answered request, once by its id and its key.",
+        takes="InteractionBody",
+        gives=InteractionCreated,
+    ),
+    "/v1/interactions/batch": _Write(
+        summary="Store up to 1,000 interactions; each item has a status of its own.",
+        takes="InteractionBatchBody",
+        gives=InteractionBatchReply,
+        is_batch=True,
+    ),
+    "/v1/feedback": _Write(
+        summary="Store one signal, once by its key; an unknown target makes it `pending`.",
+        takes="FeedbackBody",
+        gives=FeedbackCreated,
+    ),
+    "/v1/feedback/batch": _Write(
+        summary="Store up to 1,000 signals; each item has a status of its own.",
+        takes="FeedbackBatchBody",
+        gives=FeedbackBatchReply,
+        is_batch=True,
+    ),
+}
+
+
+def _schemas() -> dict[str, Any]:
+    replies = [(write.gives, "serialization") for write in _WRITES.values()]
+    models = [*replies, (Problem, "serialization")]
+    _, answers = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]  # a tuple of literals
+    bodies = json_schemas(_REF.replace("{model}", "{name}"))
+    for body in bodies.values():
+        body["description"] = inspect.cleandoc(body.get("description", ""))
+    return {**answers["$defs"], **bodies}
+
+
+def _operation(path: str, write: _Write) -> dict[str, Any]:
+    created = _json_response("It is on disk.", write.gives)
+    again = _json_response(
+        "It was stored before, by this key or id: the first answer.", write.gives
+    )
+    again["headers"] = {"Idempotency-Replayed": {"schema": {"type": "string"}}}
+    per_item = _json_response("One reply for each item, in their order.", write.gives)
+    return {
+        "operationId": "post_" + path.removeprefix("/v1/").replace("/", "_"),
+        "summary": write.summary,
+        "security": [{"HTTPBearer": []}],
+        "parameters": [_KEY_PARAMETER],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": _REF.format(model=write.takes)}}},
+        },
+        "responses": {
+            **({"200": per_item} if write.is_batch else {"201": created, "200": again}),
+            **PROBLEM_RESPONSES,
+        },
+    }
+
+
+def _json_response(description: str, model: type[BaseModel]) -> dict[str, Any]:
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+_KEY_PARAMETER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Makes a retry safe: the same key and body give the first answer again.",
+    "schema": {"type": "string", "pattern": KEY_PATTERN},
+}

@@ -5,13 +5,13 @@ message of a driver and no stack: those may hold secrets or be of any size.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -21,8 +21,11 @@ from perennial.infra.errors import (
     ConflictError,
     ForbiddenError,
     InputError,
+    MalformedError,
     NotFoundError,
+    OverloadedError,
     PerennialError,
+    RateLimitedError,
     TooLargeError,
     UnavailableError,
 )
@@ -36,8 +39,10 @@ STATUSES: Mapping[type[PerennialError], HTTPStatus] = {
     ForbiddenError: HTTPStatus.FORBIDDEN,
     NotFoundError: HTTPStatus.NOT_FOUND,
     TooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    MalformedError: HTTPStatus.BAD_REQUEST,
     InputError: HTTPStatus.UNPROCESSABLE_ENTITY,
     ConflictError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    RateLimitedError: HTTPStatus.TOO_MANY_REQUESTS,
     UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 HEADERS: Mapping[HTTPStatus, Mapping[str, str]] = {
@@ -69,16 +74,18 @@ def problem_of(error: PerennialError) -> Problem:
     status = next((STATUSES[k] for k in type(error).__mro__ if k in STATUSES), None)
     if status is None:
         return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "something went wrong on the server")
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+    if status == HTTPStatus.SERVICE_UNAVAILABLE and not isinstance(error, OverloadedError):
         detail = (
             "the store cannot be reached; nothing is known to be stored, retry with the same key"
         )
         return _problem(status, detail, code=error.code)
-    return _problem(status, error.message[:_MAX_REASON_CHARS], code=error.code)
+    field = error.fields.get("field")
+    errors = [FieldProblem(field=str(field), reason=str(error.fields["reason"]))] if field else []
+    return _problem(status, error.message[:_MAX_REASON_CHARS], code=error.code, errors=errors)
 
 
-def validation_problem(error: ValidationError | RequestValidationError) -> Problem:
-    """The problem that names the fields and the reasons."""
+def validation_problem(error: RequestValidationError) -> Problem:
+    """The problem that names the parameters and the reasons."""
     found = list(_field_problems(error.errors()))
     detail = f"{len(found)} field(s) cannot be accepted; see errors"
     status = HTTPStatus.UNPROCESSABLE_ENTITY
@@ -129,7 +136,12 @@ async def _on_perennial_error(request: Request, error: Exception) -> Response:
     problem = problem_of(error)
     if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("request failed code=%s error=%s", error.code, error)
-    return _response(request, problem)
+    return _response(request, problem, _retry_after(error))
+
+
+def _retry_after(error: PerennialError) -> Mapping[str, str]:
+    wait_s = error.fields.get("retry_after_s")
+    return {} if wait_s is None else {"Retry-After": str(max(1, math.ceil(float(wait_s))))}
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:

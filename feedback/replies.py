@@ -48,19 +48,34 @@ class FeedbackCreated(BaseModel):
     status: Status
 
 
-class BatchItemReply(BaseModel):
-    """What became of one item: 201 stored, 200 stored before, 422 not stored."""
+class InteractionItemReply(BaseModel):
+    """What became of one item: 201 stored, 200 stored before, else a problem."""
 
     index: int
     status: int
-    feedback: FeedbackCreated | None = None
-    problem: Problem | None = None
+    interaction: InteractionCreated | None
+    problem: Problem | None
 
 
-class BatchReply(BaseModel):
-    """One reply per item, in their order."""
+class FeedbackItemReply(BaseModel):
+    """What became of one item: 201 stored, 200 stored before, else a problem."""
 
-    items: list[BatchItemReply]
+    index: int
+    status: int
+    feedback: FeedbackCreated | None
+    problem: Problem | None
+
+
+class InteractionBatchReply(BaseModel):
+    """One reply for each item, in their order."""
+
+    items: list[InteractionItemReply]
+
+
+class FeedbackBatchReply(BaseModel):
+    """One reply for each item, in their order."""
+
+    items: list[FeedbackItemReply]
 
 
 class MessageReply(BaseModel):
@@ -156,6 +171,12 @@ class FeedbackPage(BaseModel):
 
     items: list[FeedbackReply]
     next_after: int
+
+
+class Erased(BaseModel):
+    """How many rows were emptied by this call."""
+
+    num_rows: int
 
 
 class Health(BaseModel):

@@ -1,7 +1,17 @@
-"""Records to rows and back, without loss: `to_record(to_row(x)) == x`."""
+"""Records to rows and back, without loss: a record that is written and read is equal.
 
+Writing gives plain tuples in the order of the columns, for whole groups at a time; reading takes
+the ORM's rows.
+"""
+
+import hashlib
+from collections.abc import Mapping
 from dataclasses import fields
+from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, cast
+
+import msgspec
 
 from perennial.feedback.records import (
     SIGNALS,
@@ -14,8 +24,17 @@ from perennial.feedback.records import (
     Status,
     Target,
 )
-from perennial.feedback.store import IdempotencyKey
+from perennial.feedback.store import About, Submission
 from perennial.feedback.tables import FeedbackRow, InteractionRow
+
+Value = str | int | float | bool | datetime | None
+Row = tuple[Value, ...]
+
+_NOT_SENT = ("seq", "erased_at")
+INTERACTION_COLUMNS = tuple(
+    c.key for c in InteractionRow.__table__.columns if c.key not in _NOT_SENT
+)
+FEEDBACK_COLUMNS = tuple(c.key for c in FeedbackRow.__table__.columns if c.key not in _NOT_SENT)
 
 _SAME_IN_INTERACTION = tuple(
     f.name for f in fields(Interaction) if f.name not in ("messages", "tags")
@@ -23,16 +42,87 @@ _SAME_IN_INTERACTION = tuple(
 _SAME_IN_FEEDBACK = tuple(
     f.name for f in fields(Feedback) if f.name not in ("target", "signal", "tags")
 )
+_sent_interaction = attrgetter(
+    *(f.name for f in fields(Interaction) if f.name not in ("id", "tenant", "received_at"))
+)
+_SET_BY_STORE = ("id", "tenant", "received_at", "status", "interaction_id", "joined_at")
+_sent_feedback = attrgetter(*(f.name for f in fields(Feedback) if f.name not in _SET_BY_STORE))
+_encode = msgspec.json.Encoder(order="deterministic").encode
 
 
-def interaction_row(item: Interaction, key: IdempotencyKey | None) -> InteractionRow:
-    """A row to insert."""
-    same = {name: getattr(item, name) for name in _SAME_IN_INTERACTION}
-    return InteractionRow(
-        **same,
-        messages=_message_json(item.messages),
-        tags=dict(item.tags),
-        **_key_columns(key),
+def payload_sha256(item: Interaction | Feedback, chosen_id: str | None) -> str:
+    """SHA-256 of what a client sent, in one form: spelling and field order do not matter.
+
+    `chosen_id` is the id if the client chose it; one that the server gave out is new in each try.
+    It is taken after redaction, so that nothing of what was redacted reaches the disk.
+    """
+    if isinstance(item, Interaction):
+        sent = ("interaction", _sent_interaction(item))
+    else:
+        sent = (item.signal.kind, _sent_feedback(item))
+    return hashlib.sha256(_encode((chosen_id, *sent))).hexdigest()
+
+
+def submission_of(item: Interaction | Feedback, key: str | None = None) -> Submission:
+    """A record with an id of its own, to be stored once by it and by `key`."""
+    return Submission(item=item, payload_sha256=payload_sha256(item, item.id), key=key)
+
+
+def interaction_values(submission: Submission, now: datetime) -> Row:
+    """The row to insert, in the order of `INTERACTION_COLUMNS`."""
+    item = submission.item
+    assert isinstance(item, Interaction)
+    return (
+        item.tenant,
+        item.id,
+        item.task,
+        _message_json(item.messages),
+        item.completion,
+        item.model_version,
+        item.route_role,
+        item.subject,
+        item.session,
+        item.trace_id,
+        item.num_prompt_tokens,
+        item.num_completion_tokens,
+        item.latency_ms,
+        item.finish_reason,
+        now,
+        _utc(item.occurred_at),
+        _encode(item.tags).decode(),
+        submission.key,
+        submission.payload_sha256,
+    )
+
+
+def feedback_values(submission: Submission, about: About | None, now: datetime) -> Row:
+    """The row to insert, in the order of `FEEDBACK_COLUMNS`; `about` is its target, if known."""
+    item = submission.item
+    assert isinstance(item, Feedback)
+    target = item.target
+    is_joined = about is not None or target.is_inline
+    return (
+        item.tenant,
+        item.id,
+        about.task if about else item.task,
+        target.interaction_id,
+        target.trace_id,
+        _message_json(target.messages),
+        target.completion,
+        item.signal.kind,
+        _encode(signal_json(item.signal)).decode(),
+        item.source_kind,
+        item.source_id,
+        item.subject,
+        item.may_train,
+        "joined" if is_joined else "pending",
+        about.id if about else None,
+        now,
+        now if is_joined else None,
+        _utc(item.occurred_at),
+        _encode(item.tags).decode(),
+        submission.key,
+        submission.payload_sha256,
     )
 
 
@@ -40,22 +130,6 @@ def interaction_record(row: InteractionRow) -> Interaction:
     """The record that the row was made from."""
     same = {name: getattr(row, name) for name in _SAME_IN_INTERACTION}
     return Interaction(**same, messages=_messages(row.messages), tags=row.tags)
-
-
-def feedback_row(item: Feedback, key: IdempotencyKey | None) -> FeedbackRow:
-    """A row to insert."""
-    same = {name: getattr(item, name) for name in _SAME_IN_FEEDBACK}
-    return FeedbackRow(
-        **same,
-        target_interaction_id=item.target.interaction_id,
-        target_trace_id=item.target.trace_id,
-        target_messages=_message_json(item.target.messages),
-        target_completion=item.target.completion,
-        kind=item.signal.kind,
-        signal=signal_json(item.signal),
-        tags=dict(item.tags),
-        **_key_columns(key),
-    )
 
 
 def feedback_record(row: FeedbackRow) -> Feedback:
@@ -74,21 +148,18 @@ def feedback_record(row: FeedbackRow) -> Feedback:
     return Feedback(**same, target=target, signal=signal, tags=row.tags)
 
 
-def signal_json(signal: Signal) -> dict[str, str | float | bool | None]:
+def signal_json(signal: Signal) -> Mapping[str, str | float | bool | None]:
     """The fields of a signal, without its kind."""
     return {f.name: getattr(signal, f.name) for f in fields(signal)}
 
 
-def _key_columns(key: IdempotencyKey | None) -> dict[str, str | None]:
-    return {
-        "idempotency_key": key.value if key else None,
-        "payload_sha256": key.payload_sha256 if key else None,
-    }
-
-
-def _message_json(messages: tuple[Message, ...]) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in messages]
+def _message_json(messages: tuple[Message, ...]) -> str:
+    return _encode(messages).decode()
 
 
 def _messages(items: list[dict[str, str]]) -> tuple[Message, ...]:
     return tuple(Message(role=cast(Role, m["role"]), content=m["content"]) for m in items)
+
+
+def _utc(time: datetime | None) -> datetime | None:
+    return None if time is None else time.astimezone(UTC)

@@ -1,46 +1,45 @@
-"""The store on SQLite and PostgreSQL: one transaction per call, committed before it returns.
+"""The store on SQLite and PostgreSQL: one transaction per write, committed before it returns.
 
 Writers take turns: on SQLite by BEGIN IMMEDIATE, on PostgreSQL by an advisory lock that is released
 after the commit is visible. So `seq` and `received_at` grow in the order in which rows become
 visible, and a reader that goes on after the last `seq` it saw misses nothing; without the lock a
 PostgreSQL transaction may commit a smaller `seq` after a larger one was read. It also makes
-look-up-then-insert safe; the unique constraints stand behind it. A faster writer is left to another
-implementation of `FeedbackStore`.
+look-up-then-insert safe; the unique constraints stand behind it. What a group of rows costs is
+`group`'s business, which rows share a group is `committer`'s.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime
-from typing import TypeVar
+from typing import Any
 
-from sqlalchemy import Select, and_, func, or_, select, text, update
+from sqlalchemy import CursorResult, Result, Select, and_, func, or_, select, text, update
+from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.orm import Session
 
+from perennial.feedback.group import GroupRows, write_group
+from perennial.feedback.postgres_rows import PostgresRows
 from perennial.feedback.records import Feedback, Interaction, Judged
-from perennial.feedback.rows import (
-    feedback_record,
-    feedback_row,
-    interaction_record,
-    interaction_row,
-)
-from perennial.feedback.store import (
-    IdempotencyKey,
-    Page,
-    Stored,
-    StoredFeedback,
-    Submission,
-)
+from perennial.feedback.rows import feedback_record, interaction_record
+from perennial.feedback.sqlite_rows import SqliteRows
+from perennial.feedback.store import Outcome, Page, Submission
 from perennial.feedback.tables import FeedbackRow, InteractionRow
 from perennial.infra.clock import Clock
 from perennial.infra.db import Database
-from perennial.infra.errors import ConflictError, NotFoundError
+from perennial.infra.errors import InputError, NotFoundError
 
-_WRITER_LOCK = 0x706E6C_01
-_LOCK_TIMEOUT_S = 10
+# A writer that hangs must cost the others a 503, not their threads.
+_TAKE_TURN = f"SET LOCAL lock_timeout = '10s'; SELECT pg_advisory_xact_lock({0x706E6C_01})"
 _JOIN_BATCH = 500
-
-RowT = TypeVar("RowT", InteractionRow, FeedbackRow)
+# No task: an empty row falls into no window, and into no training set.
+_EMPTY_INTERACTION: dict[str, Any] = {
+    **dict.fromkeys(("subject", "session", "trace_id", "finish_reason", "occurred_at")),
+    **{"task": "", "messages": [], "completion": "", "tags": {}},
+}
+_EMPTY_FEEDBACK: dict[str, Any] = {  # Any: column values
+    **dict.fromkeys(("task", "target_completion", "target_trace_id", "source_id", "subject")),
+    **{"target_messages": [], "signal": {}, "tags": {}, "may_train": False, "occurred_at": None},
+}
 
 
 class SqlFeedbackStore:
@@ -50,38 +49,22 @@ class SqlFeedbackStore:
         """Rows are stamped with `clock` while the writer's turn is held."""
         self._database = database
         self._clock = clock
+        driver = database.engine.dialect.loaded_dbapi
+        self._refusals = (driver.DataError, driver.IntegrityError)
 
-    def add_interaction(self, item: Interaction, key: IdempotencyKey | None = None) -> Stored:
-        """Store `item` once by its id and by `key`, and join the feedback that waited for it."""
-        with self._write() as session:
-            known = _known_by_key(session, InteractionRow, item.tenant, key)
-            known = known or _known_by_id(session, item)
-            if known is not None:
-                return Stored(id=known.id, is_replay=True)
-            now = self._clock()
-            session.add(interaction_row(replace(item, received_at=now), key))
-            session.flush()
-            _join_waiting(session, item, now)
-        return Stored(id=item.id, is_replay=False)
-
-    def add_feedback(self, item: Feedback, key: IdempotencyKey | None = None) -> StoredFeedback:
-        """Store `item` once by `key`."""
-        (result,) = self.add_feedback_batch((Submission(feedback=item, key=key),))
-        if isinstance(result, ConflictError):
-            raise result
-        return result
-
-    def add_feedback_batch(
-        self, submissions: Sequence[Submission]
-    ) -> tuple[StoredFeedback | ConflictError, ...]:
-        """Store all in one transaction; a reused key costs its own submission only."""
-        with self._write() as session:
-            now = self._clock()
-            return tuple(_add_feedback(session, each, now) for each in submissions)
+    def write(self, submissions: Sequence[Submission]) -> tuple[Outcome, ...]:
+        """Store all in one transaction and join feedback with interactions, both ways."""
+        try:
+            with self._database.write_cursor() as cursor:
+                rows = self._rows(cursor)
+                # The clock is read while the turn is held: it grows as rows become visible.
+                return write_group(rows, submissions, self._clock())
+        except self._refusals as error:
+            raise InputError(f"the database refuses a row: {error}") from error
 
     def get_interaction(self, tenant: str, id: str) -> Interaction:
         """The interaction `id` of `tenant`."""
-        query = select(InteractionRow).filter_by(tenant=tenant, id=id)
+        query = select(InteractionRow).filter_by(tenant=tenant, id=id, erased_at=None)
         with self._database.read() as session:
             row = session.scalar(query)
             if row is None:
@@ -90,7 +73,7 @@ class SqlFeedbackStore:
 
     def get_feedback(self, tenant: str, id: str) -> Feedback:
         """The feedback `id` of `tenant`."""
-        query = select(FeedbackRow).filter_by(tenant=tenant, id=id)
+        query = select(FeedbackRow).filter_by(tenant=tenant, id=id, erased_at=None)
         with self._database.read() as session:
             row = session.scalar(query)
             if row is None:
@@ -101,7 +84,7 @@ class SqlFeedbackStore:
         self, tenant: str, after: int, limit: int, task: str | None = None
     ) -> Page[Interaction]:
         """Up to `limit` rows after the cursor, oldest first."""
-        query = select(InteractionRow).filter_by(tenant=tenant)
+        query = select(InteractionRow).filter_by(tenant=tenant, erased_at=None)
         if task is not None:
             query = query.filter_by(task=task)
         query = query.where(InteractionRow.seq > after).order_by(InteractionRow.seq).limit(limit)
@@ -112,7 +95,7 @@ class SqlFeedbackStore:
 
     def list_feedback(self, tenant: str, after: int, limit: int) -> Page[Feedback]:
         """Up to `limit` rows after the cursor, oldest first."""
-        query = select(FeedbackRow).filter_by(tenant=tenant)
+        query = select(FeedbackRow).filter_by(tenant=tenant, erased_at=None)
         query = query.where(FeedbackRow.seq > after).order_by(FeedbackRow.seq).limit(limit)
         with self._database.read() as session:
             rows = session.scalars(query).all()
@@ -178,7 +161,11 @@ class SqlFeedbackStore:
         """Join what an import or a restore left pending; how many were joined."""
         num_joined, after = 0, 0
         while True:
-            query = select(FeedbackRow).filter_by(status="pending").where(FeedbackRow.seq > after)
+            query = (
+                select(FeedbackRow)
+                .filter_by(status="pending", erased_at=None)
+                .where(FeedbackRow.seq > after)
+            )
             with self._write() as session:
                 now = self._clock()
                 rows = session.scalars(query.order_by(FeedbackRow.seq).limit(_JOIN_BATCH)).all()
@@ -192,6 +179,21 @@ class SqlFeedbackStore:
         with self._write():
             return self._clock()
 
+    def erase_subject(self, tenant: str, subject: str) -> int:
+        """Empty the interactions of `subject`, what was said of them, and what it said itself."""
+        about = select(InteractionRow.id).filter_by(tenant=tenant, subject=subject)
+        of_subject = FeedbackRow.subject == subject
+        with self._write() as session:
+            now = self._clock()
+            said = or_(of_subject, FeedbackRow.interaction_id.in_(about))
+            feedback = update(FeedbackRow).where(FeedbackRow.tenant == tenant, said)
+            # First what hangs on the interactions, while they can be found by their subject.
+            num = _num_changed(session.execute(feedback.values(**_EMPTY_FEEDBACK, erased_at=now)))
+            asked = update(InteractionRow).filter_by(tenant=tenant, subject=subject)
+            return num + _num_changed(
+                session.execute(asked.values(**_EMPTY_INTERACTION, erased_at=now))
+            )
+
     def ping(self) -> None:
         """Raises UnavailableError when the tables cannot be read."""
         with self._database.read() as session:
@@ -201,47 +203,19 @@ class SqlFeedbackStore:
     def _write(self) -> Iterator[Session]:
         with self._database.write() as session:
             if self._database.dialect == "postgresql":
-                # A writer that hangs must cost the others a 503, not their threads.
-                session.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s'"))
-                session.execute(select(func.pg_advisory_xact_lock(_WRITER_LOCK)))
+                session.execute(text(_TAKE_TURN))
             yield session
 
-
-def _known_by_key(
-    session: Session, kind: type[RowT], tenant: str, key: IdempotencyKey | None
-) -> RowT | None:
-    if key is None:
-        return None
-    row = session.scalar(select(kind).filter_by(tenant=tenant, idempotency_key=key.value))
-    if row is not None and row.payload_sha256 != key.payload_sha256:
-        raise ConflictError("this idempotency key was used before with another payload")
-    return row
+    def _rows(self, cursor: DBAPICursor) -> GroupRows:
+        if self._database.dialect == "sqlite":
+            return SqliteRows(cursor)
+        cursor.execute(_TAKE_TURN)
+        return PostgresRows(cursor)
 
 
-def _known_by_id(session: Session, item: Interaction) -> InteractionRow | None:
-    row = session.scalar(select(InteractionRow).filter_by(tenant=item.tenant, id=item.id))
-    if row is None:
-        return None
-    if replace(interaction_record(row), received_at=item.received_at) != item:
-        raise ConflictError(f"the interaction id {item.id} was used before with another payload")
-    return row
-
-
-def _add_feedback(
-    session: Session, submission: Submission, now: datetime
-) -> StoredFeedback | ConflictError:
-    item = submission.feedback
-    try:
-        known = _known_by_key(session, FeedbackRow, item.tenant, submission.key)
-    except ConflictError as conflict:
-        return conflict
-    row = known or feedback_row(_as_pending(item, now), submission.key)
-    if known is None:
-        session.add(row)
-        session.flush()
-        _join(session, row, now)
-    record = feedback_record(row)
-    return StoredFeedback(id=record.id, is_replay=known is not None, status=record.status)
+def _num_changed(result: Result[Any]) -> int:
+    assert isinstance(result, CursorResult)  # an UPDATE
+    return result.rowcount
 
 
 def _join(session: Session, row: FeedbackRow, now: datetime) -> bool:
@@ -257,10 +231,6 @@ def _join(session: Session, row: FeedbackRow, now: datetime) -> bool:
     return True
 
 
-def _as_pending(item: Feedback, now: datetime) -> Feedback:
-    return replace(item, received_at=now, status="pending", interaction_id=None, joined_at=None)
-
-
 def _target_query(row: FeedbackRow) -> Select[tuple[InteractionRow]]:
     query = select(InteractionRow).filter_by(tenant=row.tenant)
     if row.target_interaction_id is not None:
@@ -268,17 +238,6 @@ def _target_query(row: FeedbackRow) -> Select[tuple[InteractionRow]]:
     # A trace stands for its latest interaction.
     query = query.filter_by(trace_id=row.target_trace_id)
     return query.order_by(InteractionRow.seq.desc()).limit(1)
-
-
-def _join_waiting(session: Session, item: Interaction, now: datetime) -> None:
-    is_about_item = FeedbackRow.target_interaction_id == item.id
-    if item.trace_id is not None:
-        is_about_item = or_(is_about_item, FeedbackRow.target_trace_id == item.trace_id)
-    session.execute(
-        update(FeedbackRow)
-        .where(FeedbackRow.tenant == item.tenant, FeedbackRow.status == "pending", is_about_item)
-        .values(status="joined", joined_at=now, task=item.task, interaction_id=item.id)
-    )
 
 
 def _judged(feedback: FeedbackRow, about: InteractionRow | None) -> Judged:

@@ -1,7 +1,7 @@
 """What the API and the flows need from a store of interactions and feedback.
 
-The seam for faster stores: whatever implements it passes `tests/feedback/test_store.py`. A method
-that adds returns only when the row is on disk.
+Whatever implements it passes `tests/feedback/test_store.py`. A write returns only when its rows are
+on disk.
 """
 
 from collections.abc import Sequence
@@ -10,30 +10,31 @@ from datetime import datetime
 from typing import Generic, Protocol, TypeVar
 
 from perennial.feedback.records import Feedback, Interaction, Judged, Status
-from perennial.infra.errors import ConflictError
+from perennial.infra.errors import PerennialError
 
 T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IdempotencyKey:
-    """A client's key for one request and the SHA-256 of the payload it first came with."""
+class Submission:
+    """A record to store, once by its id and, if it has one, by its idempotency `key`.
 
-    value: str
+    `payload_sha256` is of what the client sent, as `rows.payload_sha256` computes it; `num_bytes`
+    is about what it holds in memory.
+    """
+
+    item: Interaction | Feedback
     payload_sha256: str
+    key: str | None = None
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """A row that is on disk; `is_replay` when it was there before this call."""
+    """A row that is on disk; `is_replay` when it was there before this call.
 
-    id: str
-    is_replay: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredFeedback:
-    """A feedback that is on disk, and whether its target is known."""
+    `status` says whether the target of a feedback is known; an interaction is always joined.
+    """
 
     id: str
     is_replay: bool
@@ -41,11 +42,15 @@ class StoredFeedback:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """A feedback to add, with its idempotency key if it has one."""
+class About:
+    """The interaction that a feedback is about."""
 
-    feedback: Feedback
-    key: IdempotencyKey | None = None
+    id: str
+    task: str
+
+
+Outcome = Stored | PerennialError
+"""What became of one submission: ConflictError when its id or key was used for something else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,19 +64,12 @@ class Page(Generic[T_co]):
 class FeedbackStore(Protocol):
     """Interactions and feedback, walled by tenant on every method that an app can reach."""
 
-    def add_interaction(self, item: Interaction, key: IdempotencyKey | None = None) -> Stored:
-        """Store `item` once by its id and by `key`, and join the feedback that waited for it.
+    def write(self, submissions: Sequence[Submission]) -> tuple[Outcome, ...]:
+        """Store all in one transaction and join feedback with interactions, both ways.
 
-        Raises ConflictError when the id or the key was used before for something else.
+        Raises InputError when the database refuses one of several rows, UnavailableError when it is
+        not known whether they were stored.
         """
-
-    def add_feedback(self, item: Feedback, key: IdempotencyKey | None = None) -> StoredFeedback:
-        """Store `item` once by `key`; raises ConflictError when `key` had another payload."""
-
-    def add_feedback_batch(
-        self, submissions: Sequence[Submission]
-    ) -> tuple[StoredFeedback | ConflictError, ...]:
-        """Store all in one transaction; a reused key costs its own submission only."""
 
     def get_interaction(self, tenant: str, id: str) -> Interaction:
         """Raises NotFoundError when there is none, or it is another tenant's."""
@@ -115,6 +113,13 @@ class FeedbackStore(Protocol):
 
     def horizon(self) -> datetime:
         """A moment before which no further row will appear: a safe `until` for a window."""
+
+    def erase_subject(self, tenant: str, subject: str) -> int:
+        """Empty the interactions of `subject`, what was said of them, and what it said itself.
+
+        Returns the number of rows that were emptied now. Ids, keys and digests stay: a retry of what
+        was erased finds it stored, and does not store it again.
+        """
 
     def ping(self) -> None:
         """Raises UnavailableError when the store cannot be reached."""

@@ -1,7 +1,8 @@
 """The tables of the feedback component: interactions, feedback, api_keys.
 
 `seq` is the order in which rows became visible (see `sql_store`), so it can serve as a cursor. The
-idempotency key and the digest of its payload live in the row they made: one commit, no drift.
+idempotency key and the digest of its payload live in the row they made: one commit, no drift. An
+erased row keeps them and its id, and nothing else, so that a late retry does not bring it back.
 """
 
 from datetime import datetime
@@ -60,6 +61,7 @@ class InteractionRow(Base):
     tags: Mapped[dict[str, str]] = mapped_column(JSON)
     idempotency_key: Mapped[str | None] = mapped_column(String(300))
     payload_sha256: Mapped[str | None] = mapped_column(String(64))
+    erased_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class FeedbackRow(Base):
@@ -103,6 +105,7 @@ class FeedbackRow(Base):
     tags: Mapped[dict[str, str]] = mapped_column(JSON)
     idempotency_key: Mapped[str | None] = mapped_column(String(300))
     payload_sha256: Mapped[str | None] = mapped_column(String(64))
+    erased_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class ApiKeyRow(Base):

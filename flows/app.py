@@ -6,20 +6,26 @@ It needs the store and the model only; MLflow and Prefect may be down.
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
+from perennial.feedback.admission import Admission, DiskWatermark, Rate, TokenBuckets
 from perennial.feedback.api import ApiDeps, create_app
+from perennial.feedback.committer import GroupCommitter
 from perennial.feedback.keys import Authenticate, KeyStore, Scope, open_access
+from perennial.feedback.redact import Redact, redact_for, redact_nothing
+from perennial.feedback.rows import submission_of
 from perennial.feedback.sql_store import SqlFeedbackStore
+from perennial.feedback.store import Stored
 from perennial.flows.doctor import is_loopback
 from perennial.flows.mapping import to_interaction
 from perennial.infra.clock import utc_now
 from perennial.infra.db import Database
 from perennial.infra.errors import ConfigError, ForbiddenError
 from perennial.infra.migrate import upgrade
-from perennial.infra.settings import Settings
+from perennial.infra.settings import ApiSettings, RedactionSettings, Settings
 from perennial.registry.champion import ChampionStore
 from perennial.serving.embedded import create_embedded_engine
 from perennial.serving.engine import BASE, AdapterRef
@@ -43,26 +49,27 @@ def run_app(settings: Settings) -> None:
             'set api.auth = "keys" and create one with `perennial keys create`'
         )
     upgrade(settings.resolved_database_url)
-    uvicorn.run(
-        build_app(settings),
-        host=settings.api.host,
-        port=settings.api.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=8,
-        server_header=False,
-    )
-
-
-def build_app(settings: Settings) -> FastAPI:
-    """The ASGI app over a migrated store; the model is loaded when this returns."""
     database = Database(settings.resolved_database_url)
+    with database.as_only_ingest():
+        uvicorn.run(
+            build_app(settings, database),
+            host=settings.api.host,
+            port=settings.api.port,
+            http="httptools",
+            loop="uvloop",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=8,
+            server_header=False,
+        )
+
+
+def build_app(settings: Settings, database: Database) -> FastAPI:
+    """The ASGI app over a migrated database; the model is loaded when this returns."""
     store = SqlFeedbackStore(database, utc_now)
+    committer = GroupCommitter(store.write)
     authenticate = _authenticate(settings, database)
-
-    def sink(answer: RecordedAnswer) -> None:
-        store.add_interaction(to_interaction(answer))
-
+    redact = _redact(settings.redaction)
     engine = create_embedded_engine(
         ensure_base_model(settings.model.name, settings.model.cache_dir),
         num_threads=settings.model.threads,
@@ -70,6 +77,13 @@ def build_app(settings: Settings) -> FastAPI:
             max_batch=settings.model.max_batch, default_answer_tokens=settings.model.max_tokens
         ),
     )
+
+    def sink(answer: RecordedAnswer) -> None:
+        item = redact(to_interaction(answer)).record
+        (outcome,) = committer.submit((submission_of(item),))
+        if not isinstance(outcome, Stored):
+            raise outcome
+
     recorder = SpoolingRecorder(sink, settings.home / "spool")
     gateway = create_gateway(
         GatewayDeps(
@@ -87,11 +101,42 @@ def build_app(settings: Settings) -> FastAPI:
             yield
         recorder.close()
         engine.close()
+        committer.close()
         database.dispose()
 
-    app = create_app(ApiDeps(store=store, authenticate=authenticate, lifespan=lifespan))
+    app = create_app(
+        ApiDeps(
+            store=store,
+            committer=committer,
+            authenticate=authenticate,
+            admission=_admission(settings.api, database),
+            redact=redact,
+            lifespan=lifespan,
+        )
+    )
     app.router.routes.extend(gateway.routes())
     return app
+
+
+def _redact(redaction: RedactionSettings) -> Redact:
+    return redact_for(frozenset(redaction.off_for)) if redaction.enabled else redact_nothing
+
+
+def _admission(api: ApiSettings, database: Database) -> Admission:
+    return Admission(
+        keys=TokenBuckets(_rate(api.max_per_s)),
+        subjects=TokenBuckets(_rate(api.max_per_s_subject)),
+        disk=_watermark(database.file, api.min_free_mb) if database.file else None,
+    )
+
+
+def _watermark(file: Path, min_free_mb: int) -> DiskWatermark:
+    return DiskWatermark(file.parent, min_free_mb << 20)
+
+
+def _rate(per_s: float) -> Rate:
+    """A rate with five seconds of it saved up: users come in bursts."""
+    return Rate(per_s=per_s, burst=5 * per_s)
 
 
 class _Champions:

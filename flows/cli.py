@@ -165,7 +165,10 @@ def rollback(settings: Settings, by: str, reason: str) -> None:
 
 @main.group()
 def keys() -> None:
-    """Create, list and revoke API keys."""
+    """Create, list, rotate and revoke API keys."""
+
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value, for machines.")
 
 
 @keys.command("create")
@@ -179,32 +182,103 @@ def keys() -> None:
     type=click.Choice(["ingest", "read", "review", "train", "promote", "admin"]),
     help="What it allows; may be given several times.",
 )
-@click.option("--days", type=click.IntRange(1), help="Days until it expires; never by default.")
+@click.option("--expires-in", help="Time until it expires, such as 90d; never by default.")
+@_as_json
 @_with_settings
-def create(settings: Settings, tenant: str, scopes: tuple[str, ...], days: int | None) -> None:
+def create(
+    settings: Settings,
+    tenant: str,
+    scopes: tuple[str, ...],
+    expires_in: str | None,
+    as_json: bool,
+) -> None:
     """Print a new key; it is shown this once."""
     from perennial.flows.cli_keys import create_key
 
-    create_key(settings, tenant, scopes, days)
+    create_key(settings, tenant, scopes, expires_in, as_json)
 
 
 @keys.command("list")
+@_as_json
 @_with_settings
-def list_(settings: Settings) -> None:
+def list_(settings: Settings, as_json: bool) -> None:
     """Show every key without its secret."""
     from perennial.flows.cli_keys import list_keys
 
-    list_keys(settings)
+    list_keys(settings, as_json)
+
+
+@keys.command("rotate")
+@click.argument("key_id")
+@click.option(
+    "--overlap",
+    default="24h",
+    show_default=True,
+    help="Time that the old key goes on working, such as 30m, 24h or 7d.",
+)
+@click.option("--expires-in", help="Time until the new key expires; as long as the old one had.")
+@_as_json
+@_with_settings
+def rotate(
+    settings: Settings, key_id: str, overlap: str, expires_in: str | None, as_json: bool
+) -> None:
+    """Print a key that replaces the one with this id, with the same tenant and scopes."""
+    from perennial.flows.cli_keys import rotate_key
+
+    rotate_key(settings, key_id, overlap, expires_in, as_json)
 
 
 @keys.command("revoke")
 @click.argument("key_id")
+@_as_json
 @_with_settings
-def revoke(settings: Settings, key_id: str) -> None:
+def revoke(settings: Settings, key_id: str, as_json: bool) -> None:
     """Revoke the key with this id."""
     from perennial.flows.cli_keys import revoke_key
 
-    revoke_key(settings, key_id)
+    revoke_key(settings, key_id, as_json)
+
+
+@main.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--format",
+    "format_",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "perennial", "openai-chat", "mlflow", "langfuse"]),
+    help="What the lines are; auto decides for each.",
+)
+@click.option("--task", help="Task of lines that name none; the configured one by default.")
+@click.option("--tenant", default="default", show_default=True, help="The app that it is for.")
+@click.option(
+    "--scale", nargs=2, type=float, metavar="MIN MAX", help="Ends of the scale of numeric scores."
+)
+@click.option("--url", help="Send to the service at this address instead of the database.")
+@click.option("--key-env", help="Variable that holds the API key for --url, which names the app.")
+@click.option("--dry-run", "is_dry", is_flag=True, help="Check every line, store nothing.")
+@_with_settings
+def import_(
+    settings: Settings,
+    file: Path,
+    format_: str,
+    task: str | None,
+    tenant: str,
+    scale: tuple[float, float] | None,
+    url: str | None,
+    key_env: str | None,
+    is_dry: bool,
+) -> None:
+    """Import FILE, one JSON object a line, gzip or not; run again, it stores nothing twice."""
+    from perennial.feedback.imports import Format, Reading
+    from perennial.flows.cli_import import read_key, run_import
+
+    if url and tenant != "default":
+        raise click.UsageError("--tenant says nothing with --url: the API key names the app")
+    key = read_key(key_env) if key_env else None
+    reading = Reading(task=task or settings.task, format=Format(format_), scale=scale)
+    if not run_import(settings, file, reading, tenant=tenant, url=url, key=key, is_dry=is_dry):
+        sys.exit(1)
 
 
 @main.command()
@@ -232,12 +306,15 @@ def config(settings: Settings, markdown: bool) -> None:
 @click.option("--home", type=click.Path(path_type=Path), help="Folder of the demo's state.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures there.")
 @click.option("--keep", is_flag=True, help="Leave the services up until Ctrl-C.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the trainings.")
 @_with_settings
-def demo(settings: Settings, home: Path | None, json_file: Path | None, keep: bool) -> None:
+def demo(
+    settings: Settings, home: Path | None, json_file: Path | None, keep: bool, seed: int
+) -> None:
     """Watch a live model go stale, learn from its users, win against itself and go live."""
     from perennial.flows.demo import run_demo
 
-    run_demo(home or settings.home / "demo", json_file=json_file, keep=keep)
+    run_demo(home or settings.home / "demo", seed=seed, json_file=json_file, keep=keep)
 
 
 def _as_interrupt(*_: object) -> None:

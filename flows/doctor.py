@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from ipaddress import ip_address
 from pathlib import Path
 
 from perennial.infra.settings import Settings
@@ -155,5 +156,8 @@ def _port(name: str, port: int) -> Finding:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    """Whether only this machine can reach `host`; a name may stand for any address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

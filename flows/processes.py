@@ -5,21 +5,20 @@ its predecessor left behind, instead of running a second one beside it.
 """
 
 import contextlib
-import fcntl
 import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from perennial.infra.errors import ConfigError, ModelMissingError, TrainingError
+from perennial.infra.locks import hold
 from perennial.infra.settings import Settings, child_environment
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.5
 _STOP_S = 20.0
 
 
@@ -38,7 +37,7 @@ def run_training_process(
     """
     out.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "perennial.training.run", command, str(job), str(out)]
-    with _exclusive(out.parent / f".{out.name}.lock", settings.training.timeout_s) as lock:
+    with hold(out.parent / f".{out.name}.lock", timeout_s=settings.training.timeout_s) as lock:
         child = subprocess.Popen(
             argv,
             env=child_environment(settings, {"PYTHONUNBUFFERED": "1"}),
@@ -46,7 +45,7 @@ def run_training_process(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            pass_fds=(lock.fileno(),),
+            pass_fds=(lock,),
         )
         lines = _follow(child, settings.training.timeout_s, on_line)
     if child.returncode:
@@ -78,18 +77,3 @@ def _follow(
             child.kill()
             child.wait()
     return lines
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path, timeout_s: float) -> Iterator[IO[bytes]]:
-    deadline = time.monotonic() + timeout_s
-    with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise TrainingError(f"{path} is still held after {timeout_s} s") from error
-                time.sleep(_POLL_S)
-        yield file

@@ -18,8 +18,8 @@ from typing import Any, ParamSpec, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from perennial.flows.supervisor import exclusive
-from perennial.infra.errors import ConflictError, LeaseLostError, UnavailableError
+from perennial.infra.errors import LeaseLostError, UnavailableError
+from perennial.infra.locks import hold
 from perennial.registry.rounds import Lease, Ledger
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,8 @@ def leased(ledger: Ledger, round_id: str, home: Path) -> Iterator[Steps]:
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(exclusive(home / "run" / "round.lock"))
-        except ConflictError as error:
+            stack.enter_context(hold(home / "run" / "round.lock", timeout_s=0))
+        except UnavailableError as error:
             raise LeaseLostError(f"round {round_id} is being worked on: {error}") from error
         yield from _leased(ledger, round_id, f"{socket.gethostname()}:{home}")
 

@@ -4,7 +4,6 @@ Knows nothing of what the children are; `services.py` lists them.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -12,16 +11,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import httpx
 import psutil
 
 from perennial.infra.artifacts import write_atomic
-from perennial.infra.errors import ConflictError, UnavailableError
+from perennial.infra.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -152,22 +150,6 @@ class Supervisor:
         elif now >= due:
             del self._restart_at[service.name]
             self._launch(service)
-
-
-@contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[IO[bytes]]:
-    """Hold an advisory lock on `path`; the kernel drops it when the last holder dies.
-
-    Raises:
-        ConflictError: another process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConflictError(f"{path} is held by another process") from error
-        yield file
 
 
 def _stop_tree(pid: int) -> None:

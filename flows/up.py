@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from perennial.flows.services import services
-from perennial.flows.supervisor import Supervisor, exclusive
+from perennial.flows.supervisor import Supervisor
 from perennial.infra.migrate import upgrade
+from perennial.infra.locks import hold
 from perennial.infra.settings import Settings
 
 
@@ -16,10 +17,10 @@ def run_up(settings: Settings) -> None:
     """Start the services of `settings`, show where they answer, and wait.
 
     Raises:
-        ConflictError: `perennial up` is running for the same home already.
-        UnavailableError: a service did not become ready.
+        UnavailableError: `perennial up` is running for the same home already, or a service did not
+            become ready.
     """
-    with exclusive(settings.home / "run" / "up.lock"):
+    with hold(settings.home / "run" / "up.lock", timeout_s=0):
         upgrade(settings.resolved_database_url)
         supervisor = Supervisor(settings.home, services(settings))
         try:

@@ -1,18 +1,21 @@
 """The database: one engine, two kinds of session, and the only commit in the codebase.
 
-`read()` gives a session that cannot write, `write()` one that commits when its block ends. SQLite
-runs in WAL mode with `synchronous=FULL`, so a commit that returned is on disk; a writer takes the
-lock at BEGIN, because a read that is upgraded to a write fails at once under load.
+`read()` gives a session that cannot write, `write()` one that commits when its block ends, and
+`write_cursor()` the driver's own cursor for groups of rows. SQLite runs in WAL mode with
+`synchronous=FULL`, so a commit that returned is on disk; a writer takes the lock at BEGIN, because
+a read that is upgraded to a write fails at once under load. Writers of all processes take turns on
+a lock file: SQLite before 3.51.3 can lose pages when a write races another connection's checkpoint,
+and its own waiting sleeps for up to 100 ms at a time.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy import DateTime, Dialect, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
@@ -20,8 +23,10 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
 from perennial.infra.errors import ConfigError, UnavailableError
+from perennial.infra.locks import hold
 
 _BUSY_TIMEOUT_S = 30
+_HANDOVER_S = 2.0  # for a predecessor that is just ending
 
 
 class Base(DeclarativeBase):
@@ -62,6 +67,7 @@ class Database:
         self.dialect = parsed.get_backend_name()
         if self.dialect not in ("sqlite", "postgresql"):
             raise ConfigError(f"database must be sqlite or postgresql, got {self.dialect}")
+        self.file = _file_of(parsed)
         self.engine = _make_engine(parsed)
         # A connection of its own kind: one that a pool hands on must never have lost its writing.
         self._readers = self.engine if self.dialect != "sqlite" else _make_engine(parsed)
@@ -71,7 +77,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session whose writes are refused by the database."""
-        with _as_unavailable(), Session(self._readers) as session:
+        with self._as_unavailable(), Session(self._readers) as session:
             if self.dialect == "postgresql":
                 session.execute(text("SET TRANSACTION READ ONLY"))
             yield session
@@ -79,22 +85,84 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session that commits when the block ends and rolls back when it raises."""
-        with _as_unavailable(), Session(self.engine, expire_on_commit=False) as session:
+        with (
+            self._as_unavailable(),
+            self._turn(),
+            Session(self.engine, expire_on_commit=False) as session,
+        ):
             if self.dialect == "sqlite":
                 session.execute(text("BEGIN IMMEDIATE"))
             yield session
             session.commit()
+
+    @contextmanager
+    def write_cursor(self) -> Iterator[DBAPICursor]:
+        """The driver's cursor in a transaction that commits when the block ends.
+
+        For groups of rows, where an ORM costs more than the disk. After an error the connection is
+        closed: what a failed commit left behind is not known.
+        """
+        with self._as_unavailable(), self._turn(), self.engine.connect() as connection:
+            driver = connection.connection
+            try:
+                cursor = driver.cursor()
+                if self.dialect == "sqlite":
+                    cursor.execute("BEGIN IMMEDIATE")
+                yield cursor
+                driver.commit()
+            except BaseException:
+                connection.invalidate()
+                raise
+
+    @contextmanager
+    def as_only_ingest(self) -> Iterator[None]:
+        """Be the one service that takes writes from apps on this SQLite file.
+
+        Several would be safe, for writers take turns, but each would pay an fsync for its share of
+        the rows. PostgreSQL may have several.
+
+        Raises:
+            UnavailableError: another service has the file.
+        """
+        if self.file is None:
+            yield
+            return
+        with hold(self.file.with_name(f"{self.file.name}-ingest"), timeout_s=_HANDOVER_S):
+            yield
 
     def dispose(self) -> None:
         """Close pooled connections."""
         self.engine.dispose()
         self._readers.dispose()
 
+    def _turn(self) -> AbstractContextManager[int | None]:
+        if self.file is None:
+            return nullcontext()
+        return hold(self.file.with_name(f"{self.file.name}-turn"), timeout_s=_BUSY_TIMEOUT_S)
+
+    @contextmanager
+    def _as_unavailable(self) -> Iterator[None]:
+        driver = self.engine.dialect.loaded_dbapi
+        try:
+            yield
+        except PoolTimeoutError as error:
+            raise UnavailableError("all connections to the database are in use") from error
+        except (OperationalError, InterfaceError) as error:
+            raise UnavailableError(f"the database did not answer: {error.orig}") from error
+        except (driver.OperationalError, driver.InterfaceError) as error:
+            raise UnavailableError(f"the database did not answer: {error}") from error
+
 
 def create_all(database: Database) -> None:
     """Create the tables of all imported components. For tests: installations migrate."""
     with database.engine.begin() as connection:
         Base.metadata.create_all(connection)
+
+
+def _file_of(url: URL) -> Path | None:
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        return None
+    return Path(url.database)
 
 
 def _make_engine(url: URL) -> Engine:
@@ -125,13 +193,3 @@ def _refuse_writes(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA query_only=ON")
     cursor.close()
-
-
-@contextmanager
-def _as_unavailable() -> Iterator[None]:
-    try:
-        yield
-    except PoolTimeoutError as error:
-        raise UnavailableError("all connections to the database are in use") from error
-    except (OperationalError, InterfaceError) as error:
-        raise UnavailableError(f"the database did not answer: {error.orig}") from error

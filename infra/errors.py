@@ -3,6 +3,7 @@
     PerennialError
     ├── InputError (ValueError)            a caller sent something that cannot be accepted
     │   ├── ConfigError                    a setting is unknown, missing or of the wrong type
+    │   ├── MalformedError                 a body is not JSON in UTF-8
     │   └── TooLargeError                  a body, batch or text exceeds its limit
     ├── IntegrityError (ValueError)        a file does not have the digest it should have
     ├── NotFoundError (LookupError)        no such thing, or it belongs to somebody else
@@ -13,7 +14,9 @@
     ├── LeaseLostError (RuntimeError)      another worker owns the round now
     ├── StepError (RuntimeError)           a step of a round failed
     ├── TrainingError (RuntimeError)       a training run diverged or its process failed
+    ├── RateLimitedError (RuntimeError)    one caller sends too much: try again later
     └── UnavailableError (ConnectionError) a store or server cannot be reached: try again
+        └── OverloadedError                too much waits already; nothing was taken
 
 Each inherits the standard kind as well, so that callers may catch either. `code` is stable and
 documented in docs/api.md. Errors pickle, because they cross process borders.
@@ -48,6 +51,12 @@ class ConfigError(InputError):
     """A setting is unknown, missing or of the wrong type."""
 
     code = "config_invalid"
+
+
+class MalformedError(InputError):
+    """A body is not JSON in UTF-8."""
+
+    code = "malformed"
 
 
 class TooLargeError(InputError):
@@ -114,6 +123,18 @@ class UnavailableError(PerennialError, ConnectionError):
     """A store or server cannot be reached; trying again later may help."""
 
     code = "unavailable"
+
+
+class OverloadedError(UnavailableError):
+    """Too much waits already, or the disk is almost full; nothing was taken."""
+
+    code = "overloaded"
+
+
+class RateLimitedError(PerennialError, RuntimeError):
+    """One API key or subject sends more than its share."""
+
+    code = "rate_limited"
 
 
 def _rebuild(kind: type[PerennialError], message: str, fields: dict[str, Field]) -> PerennialError:

@@ -31,6 +31,26 @@ class ApiSettings(_Section):
     auth: Literal["open", "keys"] = Field(
         "open", description="`open` needs no key and is refused beyond loopback; `keys` needs one."
     )
+    max_per_s: float = Field(
+        0, ge=0, description="Rows a second of one API key or tenant; 0 is no limit."
+    )
+    max_per_s_subject: float = Field(
+        20, ge=0, description="Rows a second of one subject; 0 is no limit."
+    )
+    min_free_mb: int = Field(
+        256, ge=0, description="Free disk under which writes are refused, where SQLite lives."
+    )
+
+
+class RedactionSettings(_Section):
+    """What is taken out of texts before they are written."""
+
+    enabled: bool = Field(
+        True, description="Replace e-mails, numbers of cards, keys and the like by their class."
+    )
+    off_for: list[str] = Field(
+        default_factory=list, description="Tenants whose texts are kept as they came."
+    )
 
 
 class ModelSettings(_Section):
@@ -134,6 +154,7 @@ class Settings(_Section):
         "info", description="Least severe records that are logged."
     )
     api: ApiSettings = ApiSettings()
+    redaction: RedactionSettings = RedactionSettings()
     model: ModelSettings = ModelSettings()
     mlflow: MlflowSettings = MlflowSettings()
     prefect: PrefectSettings = PrefectSettings()
@@ -232,13 +253,15 @@ def _put(values: dict[str, Any], keys: tuple[str, ...], value: str, name: str) -
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{name}: {key} is not a section")
-    if not value.startswith("{"):
+    if not value.startswith(("{", "[")):
         values[keys[-1]] = value
         return
     try:
         values[keys[-1]] = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name} must be a TOML table such as {{ epochs = 4 }}") from error
+        raise ConfigError(
+            f"{name} must be a TOML table such as {{ epochs = 4 }} or a list such as ['a']"
+        ) from error
 
 
 def _explain(error: ValidationError, path: Path, sources: Mapping[tuple[str, ...], str]) -> str:
@@ -271,7 +294,7 @@ def _as_variables(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str,
         elif isinstance(value, Mapping):
             yield from _as_variables(value, f"{name}__")
         else:
-            yield name, str(value)
+            yield name, _toml(value) if isinstance(value, list) else str(value)
 
 
 def _toml(value: str | int | float | bool | list[str]) -> str:

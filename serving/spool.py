@@ -5,15 +5,16 @@ of an earlier process are only read, so a line torn by a crash stays the last of
 skipped. A segment is deleted once all its records were delivered: after a crash some come twice.
 """
 
-import fcntl
 import logging
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from perennial.infra.errors import ConflictError, TooLargeError
+from perennial.infra.errors import TooLargeError
+from perennial.infra.locks import hold
 
 _log = logging.getLogger(__name__)
 _SEGMENT_BYTES = 1 << 20
@@ -26,7 +27,8 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = max_bytes
-        self._lock = _take_lock(folder)
+        self._lock = ExitStack()
+        self._lock.enter_context(hold(folder / "lock", timeout_s=0))
         segments = self.segments()
         self.num_bytes = sum(path.stat().st_size for path in segments)
         self._next = int(segments[-1].stem) + 1 if segments else 1
@@ -118,16 +120,6 @@ def _line(body: bytes) -> bytes:
 
 def _checksum(body: bytes) -> bytes:
     return b"%08x" % zlib.crc32(body)
-
-
-def _take_lock(folder: Path) -> BinaryIO:
-    file = (folder / "lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise ConflictError(f"another process uses the spool {folder}") from error
-    return file
 
 
 def _sync(folder: Path) -> None:

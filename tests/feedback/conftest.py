@@ -18,6 +18,7 @@ from sqlalchemy import create_engine, make_url, text
 from starlette.testclient import TestClient
 
 from perennial.feedback.api import ApiDeps, create_app
+from perennial.feedback.committer import GroupCommitter
 from perennial.feedback.keys import KeyStore, open_access
 from perennial.feedback.records import Binary, Feedback, Interaction, Message, Target
 from perennial.feedback.sql_store import SqlFeedbackStore
@@ -132,13 +133,21 @@ def make_feedback() -> Callable[..., Feedback]:
 
 
 @pytest.fixture
-def make_client() -> Callable[..., TestClient]:
+def make_client(request: pytest.FixtureRequest) -> Callable[..., TestClient]:
     """Requests go through the whole app; a server error is answered, as a server would."""
 
     def make(database: Database, **deps: Any) -> TestClient:
         now = TickingClock()
         store = SqlFeedbackStore(database, now)
-        deps = {"store": store, "authenticate": open_access(), "clock": now, **deps}
+        committer = GroupCommitter(store.write)
+        request.addfinalizer(committer.close)
+        deps = {
+            "store": store,
+            "committer": committer,
+            "authenticate": open_access(),
+            "clock": now,
+            **deps,
+        }
         return TestClient(create_app(ApiDeps(**deps)), raise_server_exceptions=False)
 
     return make

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from perennial.feedback.committer import GroupCommitter
 from perennial.feedback.keys import KeyStore, Scope
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.infra.clock import utc_now
@@ -270,7 +271,7 @@ def test_lost_store_is_503_with_retry_after(
     make_client: MakeClient, sqlite_database: Database
 ) -> None:
     lost = SqlFeedbackStore(Database("postgresql+psycopg://nobody@127.0.0.1:1/none"), utc_now)
-    client = make_client(sqlite_database, store=lost)
+    client = make_client(sqlite_database, store=lost, committer=GroupCommitter(lost.write))
 
     for answer in (client.get("/readyz"), client.post("/v1/feedback", json=_feedback())):
         assert answer.status_code == 503

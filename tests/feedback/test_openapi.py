@@ -11,6 +11,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from perennial.feedback.api import ApiDeps, create_app
+from perennial.feedback.committer import GroupCommitter
 from perennial.feedback.keys import KeyStore, Scope
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.infra.clock import utc_now
@@ -19,12 +20,14 @@ from perennial.infra.db import Database, create_all
 NUM_CASES = 30
 OPERATIONS = [
     ("POST", "/v1/interactions"),
+    ("POST", "/v1/interactions/batch"),
     ("POST", "/v1/feedback"),
     ("POST", "/v1/feedback/batch"),
     ("GET", "/v1/interactions/{id}"),
     ("GET", "/v1/feedback/{id}"),
     ("GET", "/v1/interactions"),
     ("GET", "/v1/feedback"),
+    ("DELETE", "/v1/subjects/{subject}"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
 ]
@@ -39,7 +42,13 @@ class Guarded:
     def __init__(self, database: Database) -> None:
         keys = KeyStore(database, utc_now)
         store = SqlFeedbackStore(database, utc_now)
-        app = create_app(ApiDeps(store=store, authenticate=keys.authenticate))
+        app = create_app(
+            ApiDeps(
+                store=store,
+                committer=GroupCommitter(store.write),
+                authenticate=keys.authenticate,
+            )
+        )
         key = keys.issue("acme", frozenset({Scope.INGEST, Scope.READ}))
         self.headers = {"Authorization": f"Bearer {key.text}"}
         self.schema = schemathesis.openapi.from_asgi("/openapi.json", app)

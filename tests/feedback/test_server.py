@@ -21,13 +21,16 @@ SERVER = """
 import socket, sys
 import uvicorn
 from perennial.feedback.api import ApiDeps, create_app
+from perennial.feedback.committer import GroupCommitter
 from perennial.feedback.keys import open_access
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.infra.clock import utc_now
 from perennial.infra.db import Database
 
 store = SqlFeedbackStore(Database(sys.argv[1]), utc_now)
-app = create_app(ApiDeps(store=store, authenticate=open_access()))
+app = create_app(ApiDeps(
+    store=store, committer=GroupCommitter(store.write), authenticate=open_access()
+))
 listener = socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
 uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

@@ -18,11 +18,12 @@ from perennial.feedback.records import (
     Target,
 )
 from perennial.feedback.sql_store import SqlFeedbackStore
-from perennial.feedback.store import FeedbackStore, IdempotencyKey, StoredFeedback, Submission
+from perennial.feedback.store import FeedbackStore, Stored, Submission
 from perennial.feedback.tables import FeedbackRow, InteractionRow
 from perennial.infra.clock import utc_now
 from perennial.infra.db import Database
 from perennial.infra.errors import ConflictError, NotFoundError, UnavailableError
+from tests.feedback.writing import OTHER_PAYLOAD, PAYLOAD, put, put_keyed
 
 MakeInteraction = Callable[..., Interaction]
 MakeFeedback = Callable[..., Feedback]
@@ -46,7 +47,7 @@ def test_interaction_comes_back_as_sent_but_received_now(
 ) -> None:
     item = make_interaction(tags={"región": "北"}, latency_ms=12.5, subject="u1")
 
-    store.add_interaction(item)
+    put(store, item)
 
     found = store.get_interaction("acme", item.id)
     assert found == replace(item, received_at=found.received_at)
@@ -58,7 +59,7 @@ def test_interaction_id_delivered_twice_is_one_row(
 ) -> None:
     item = make_interaction()
 
-    first, second = store.add_interaction(item), store.add_interaction(item)
+    first, second = put(store, item), put(store, item)
 
     assert (first.is_replay, second.is_replay) == (False, True)
     assert _count(database, InteractionRow) == 1
@@ -68,10 +69,10 @@ def test_interaction_id_with_another_payload_conflicts(
     store: SqlFeedbackStore, make_interaction: MakeInteraction
 ) -> None:
     item = make_interaction()
-    store.add_interaction(item)
+    put(store, item)
 
     with pytest.raises(ConflictError, match="another payload"):
-        store.add_interaction(replace(item, completion="Three years."))
+        put(store, replace(item, completion="Three years."))
 
     assert store.get_interaction("acme", item.id).completion == "Two years."
 
@@ -79,8 +80,8 @@ def test_interaction_id_with_another_payload_conflicts(
 def test_two_tenants_may_choose_the_same_id(
     store: SqlFeedbackStore, make_interaction: MakeInteraction
 ) -> None:
-    store.add_interaction(make_interaction(id="x", tenant="acme", completion="a"))
-    store.add_interaction(make_interaction(id="x", tenant="bolt", completion="b"))
+    put(store, make_interaction(id="x", tenant="acme", completion="a"))
+    put(store, make_interaction(id="x", tenant="bolt", completion="b"))
 
     assert store.get_interaction("acme", "x").completion == "a"
     assert store.get_interaction("bolt", "x").completion == "b"
@@ -89,22 +90,20 @@ def test_two_tenants_may_choose_the_same_id(
 def test_key_replays_the_first_id_and_refuses_another_payload(
     store: SqlFeedbackStore, make_feedback: MakeFeedback
 ) -> None:
-    key = IdempotencyKey(value="k", payload_sha256="a" * 64)
-    first = store.add_feedback(make_feedback(), key)
+    first = put_keyed(store, make_feedback(), "k")
 
-    again = store.add_feedback(make_feedback(), key)
+    again = put_keyed(store, make_feedback(), "k")
 
     assert (again.id, again.is_replay) == (first.id, True)
     with pytest.raises(ConflictError, match="idempotency key"):
-        store.add_feedback(make_feedback(), replace(key, payload_sha256="b" * 64))
+        put_keyed(store, make_feedback(), "k", OTHER_PAYLOAD)
     assert len(store.list_feedback("acme", 0, 10).items) == 1
 
 
 def test_key_belongs_to_its_tenant(store: SqlFeedbackStore, make_feedback: MakeFeedback) -> None:
-    key = IdempotencyKey(value="k", payload_sha256="a" * 64)
-    store.add_feedback(make_feedback(tenant="acme"), key)
+    put_keyed(store, make_feedback(tenant="acme"), "k")
 
-    other = store.add_feedback(make_feedback(tenant="bolt"), replace(key, payload_sha256="b" * 64))
+    other = put_keyed(store, make_feedback(tenant="bolt"), "k", OTHER_PAYLOAD)
 
     assert not other.is_replay
 
@@ -113,11 +112,11 @@ def test_feedback_waits_for_its_interaction_and_joins_it(
     store: SqlFeedbackStore, make_interaction: MakeInteraction, make_feedback: MakeFeedback
 ) -> None:
     about = make_interaction()
-    stored = store.add_feedback(make_feedback(target=Target(interaction_id=about.id)))
+    stored = put(store, make_feedback(target=Target(interaction_id=about.id)))
     assert stored.status == "pending"
     assert store.get_feedback("acme", stored.id).task is None
 
-    store.add_interaction(about)
+    put(store, about)
 
     joined = store.get_feedback("acme", stored.id)
     assert (joined.status, joined.interaction_id, joined.task) == ("joined", about.id, "support")
@@ -129,9 +128,9 @@ def test_feedback_on_a_known_interaction_is_joined_at_once(
     store: SqlFeedbackStore, make_interaction: MakeInteraction, make_feedback: MakeFeedback
 ) -> None:
     about = make_interaction()
-    store.add_interaction(about)
+    put(store, about)
 
-    stored = store.add_feedback(make_feedback(target=Target(interaction_id=about.id)))
+    stored = put(store, make_feedback(target=Target(interaction_id=about.id)))
 
     found = store.get_feedback("acme", stored.id)
     assert (stored.status, found.status, found.task) == ("joined", "joined", "support")
@@ -142,10 +141,10 @@ def test_trace_joins_its_latest_interaction(
     store: SqlFeedbackStore, make_interaction: MakeInteraction, make_feedback: MakeFeedback
 ) -> None:
     early, late = make_interaction(trace_id="t"), make_interaction(trace_id="t")
-    store.add_interaction(early)
-    store.add_interaction(late)
+    put(store, early)
+    put(store, late)
 
-    stored = store.add_feedback(make_feedback(target=Target(trace_id="t")))
+    stored = put(store, make_feedback(target=Target(trace_id="t")))
 
     assert store.get_feedback("acme", stored.id).interaction_id == late.id
 
@@ -153,11 +152,11 @@ def test_trace_joins_its_latest_interaction(
 def test_pending_trace_joins_the_interaction_that_arrives(
     store: SqlFeedbackStore, make_interaction: MakeInteraction, make_feedback: MakeFeedback
 ) -> None:
-    stored = store.add_feedback(make_feedback(target=Target(trace_id="t")))
-    other = store.add_feedback(make_feedback(target=Target(trace_id="u")))
+    stored = put(store, make_feedback(target=Target(trace_id="t")))
+    other = put(store, make_feedback(target=Target(trace_id="u")))
     about = make_interaction(trace_id="t")
 
-    store.add_interaction(about)
+    put(store, about)
 
     assert store.get_feedback("acme", stored.id).interaction_id == about.id
     assert store.get_feedback("acme", other.id).status == "pending"
@@ -167,10 +166,10 @@ def test_interaction_of_another_tenant_is_never_joined(
     store: SqlFeedbackStore, make_interaction: MakeInteraction, make_feedback: MakeFeedback
 ) -> None:
     about = make_interaction(tenant="bolt", trace_id="t")
-    before = store.add_feedback(make_feedback(target=Target(interaction_id=about.id)))
+    before = put(store, make_feedback(target=Target(interaction_id=about.id)))
 
-    store.add_interaction(about)
-    after = store.add_feedback(make_feedback(target=Target(trace_id="t")))
+    put(store, about)
+    after = put(store, make_feedback(target=Target(trace_id="t")))
 
     assert store.get_feedback("acme", before.id).status == "pending"
     assert after.status == "pending"
@@ -182,7 +181,7 @@ def test_inline_feedback_needs_no_interaction(
 ) -> None:
     target = Target(messages=(Message(role="user", content="q"),), completion="a")
 
-    stored = store.add_feedback(make_feedback(target=target, task="support"))
+    stored = put(store, make_feedback(target=target, task="support"))
 
     (judged,) = store.feedback_between("support", LONG_AGO, FAR_AHEAD)
     assert (stored.status, judged.interaction) == ("joined", None)
@@ -193,8 +192,8 @@ def test_rows_of_another_tenant_are_not_found(
     store: SqlFeedbackStore, make_interaction: MakeInteraction, make_feedback: MakeFeedback
 ) -> None:
     item, feedback = make_interaction(), make_feedback()
-    store.add_interaction(item)
-    store.add_feedback(feedback)
+    put(store, item)
+    put(store, feedback)
 
     with pytest.raises(NotFoundError):
         store.get_interaction("bolt", item.id)
@@ -207,20 +206,19 @@ def test_rows_of_another_tenant_are_not_found(
 def test_batch_keeps_the_good_and_names_the_conflict(
     store: SqlFeedbackStore, make_feedback: MakeFeedback
 ) -> None:
-    key = IdempotencyKey(value="k", payload_sha256="a" * 64)
     submissions = (
-        Submission(feedback=make_feedback(), key=key),
-        Submission(feedback=make_feedback(), key=replace(key, payload_sha256="b" * 64)),
-        Submission(feedback=make_feedback(), key=key),
-        Submission(feedback=make_feedback()),
+        Submission(item=make_feedback(), key="k", payload_sha256=PAYLOAD),
+        Submission(item=make_feedback(), key="k", payload_sha256=OTHER_PAYLOAD),
+        Submission(item=make_feedback(), key="k", payload_sha256=PAYLOAD),
+        Submission(item=make_feedback(), payload_sha256=PAYLOAD),
     )
 
-    first, conflict, replay, fresh = store.add_feedback_batch(submissions)
+    first, conflict, replay, fresh = store.write(submissions)
 
-    assert isinstance(first, StoredFeedback)
+    assert isinstance(first, Stored)
     assert isinstance(conflict, ConflictError)
     assert replay == replace(first, is_replay=True)
-    assert fresh.id == submissions[3].feedback.id
+    assert fresh.id == submissions[3].item.id
     assert len(store.list_feedback("acme", 0, 10).items) == 2
 
 
@@ -231,7 +229,7 @@ def test_pages_meet_every_row_once_even_at_one_instant(
     store = SqlFeedbackStore(database, lambda: noon)
     sent = [make_interaction(task="ab"[i % 2]) for i in range(7)]
     for item in sent:
-        store.add_interaction(item)
+        put(store, item)
 
     seen, after = [], 0
     while (page := store.list_interactions("acme", after, 3)).items:
@@ -248,8 +246,8 @@ def test_windows_are_half_open_and_keep_the_latest(
     store: SqlFeedbackStore, make_interaction: MakeInteraction
 ) -> None:
     for i in range(4):
-        store.add_interaction(make_interaction(completion=str(i)))
-    store.add_interaction(make_interaction(task="other"))
+        put(store, make_interaction(completion=str(i)))
+    put(store, make_interaction(task="other"))
     times = [item.received_at for item in store.list_interactions("acme", 0, 10).items]
 
     window = store.interactions_between("support", times[0], times[3], limit=10)
@@ -264,9 +262,9 @@ def test_late_join_falls_into_the_window_of_the_join(
 ) -> None:
     about = make_interaction()
     sent = make_feedback(target=Target(interaction_id=about.id), signal=Correction(text="x"))
-    store.add_feedback(sent)
+    put(store, sent)
     first_cut = store.horizon()
-    store.add_interaction(about)
+    put(store, about)
     second_cut = store.horizon()
 
     assert store.feedback_between("support", LONG_AGO, first_cut) == ()
@@ -282,10 +280,10 @@ def test_counts_and_newest_times(
     assert store.newest_interaction_at("support") is None
     assert store.newest_feedback_at("support") is None
     about = make_interaction()
-    store.add_interaction(about)
+    put(store, about)
     cut = store.horizon()
-    store.add_feedback(make_feedback(target=Target(interaction_id=about.id)))
-    store.add_feedback(make_feedback())
+    put(store, make_feedback(target=Target(interaction_id=about.id)))
+    put(store, make_feedback())
 
     assert store.count_interactions_since("support", LONG_AGO) == 1
     assert store.count_interactions_since("support", cut) == 0
@@ -301,9 +299,9 @@ def test_join_pending_mends_what_a_restore_left(
     make_feedback: MakeFeedback,
 ) -> None:
     about = make_interaction()
-    store.add_interaction(about)
-    stored = store.add_feedback(make_feedback(target=Target(interaction_id=about.id)))
-    store.add_feedback(make_feedback())
+    put(store, about)
+    stored = put(store, make_feedback(target=Target(interaction_id=about.id)))
+    put(store, make_feedback())
     lost = {"status": "pending", "task": None, "interaction_id": None, "joined_at": None}
     with database.write() as session:
         session.execute(update(FeedbackRow).where(FeedbackRow.id == stored.id).values(**lost))
@@ -315,12 +313,11 @@ def test_join_pending_mends_what_a_restore_left(
 def test_simultaneous_posts_with_one_key_make_one_row(
     store: SqlFeedbackStore, database: Database, make_feedback: MakeFeedback
 ) -> None:
-    key = IdempotencyKey(value="k", payload_sha256="a" * 64)
     together = threading.Barrier(8)
 
-    def post(_: int) -> StoredFeedback:
+    def post(_: int) -> Stored:
         together.wait()
-        return store.add_feedback(make_feedback(), key)
+        return put_keyed(store, make_feedback(), "k")
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(post, range(8)))
@@ -339,8 +336,8 @@ def test_feedback_and_its_interaction_at_once_are_always_joined(
     with ThreadPoolExecutor(8) as pool:
         jobs = []
         for about, feedback in zip(abouts, sent, strict=True):
-            jobs.append(pool.submit(store.add_feedback, feedback))
-            jobs.append(pool.submit(store.add_interaction, about))
+            jobs.append(pool.submit(put, store, feedback))
+            jobs.append(pool.submit(put, store, about))
         for job in jobs:
             job.result()
 
@@ -355,7 +352,7 @@ def test_reader_of_pages_and_windows_misses_no_concurrent_writer(
 
     def write(_: int) -> None:
         for _ in range(25):
-            store.add_interaction(make_interaction())
+            put(store, make_interaction())
 
     by_page: list[str] = []
     by_window: list[str] = []
@@ -389,13 +386,13 @@ def test_unreachable_database_is_unavailable(make_feedback: MakeFeedback) -> Non
     with pytest.raises(UnavailableError):
         store.ping()
     with pytest.raises(UnavailableError):
-        store.add_feedback(make_feedback())
+        put(store, make_feedback())
 
 
 def test_binary_is_stored_as_its_own_kind(
     store: SqlFeedbackStore, database: Database, make_feedback: MakeFeedback
 ) -> None:
-    store.add_feedback(make_feedback(signal=Binary(value=True)))
+    put(store, make_feedback(signal=Binary(value=True)))
 
     with database.read() as session:
         row = session.scalars(select(FeedbackRow)).one()
@@ -407,7 +404,7 @@ def test_clock_is_read_inside_the_writers_turn(
 ) -> None:
     store = SqlFeedbackStore(database, utc_now)
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: store.add_interaction(make_interaction()), range(30)))
+        list(pool.map(lambda _: put(store, make_interaction()), range(30)))
 
     times = [item.received_at for item in store.list_interactions("acme", 0, 100).items]
     assert times == sorted(times)

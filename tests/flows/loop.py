@@ -17,6 +17,7 @@ from perennial.infra.clock import new_id, utc_now
 from perennial.infra.db import Database
 from perennial.infra.migrate import upgrade
 from perennial.infra.settings import Settings, load_settings
+from tests.feedback.writing import put
 
 TASK = "support"
 NUM_FACTS = 14
@@ -103,9 +104,10 @@ def _ask(store: SqlFeedbackStore, question: str, answer: str) -> None:
         received_at=at,
         subject=question,
     )
-    store.add_interaction(interaction)
+    put(store, interaction)
     for said in (Binary(value=False), Correction(text=answer)):
-        store.add_feedback(
+        put(
+            store,
             Feedback(
                 id=new_id("fb"),
                 tenant="default",
@@ -113,7 +115,7 @@ def _ask(store: SqlFeedbackStore, question: str, answer: str) -> None:
                 signal=said,
                 source_kind="end_user",
                 received_at=at,
-            )
+            ),
         )
 
 

@@ -13,7 +13,7 @@ from socket import socket
 import psutil
 import pytest
 
-from perennial.flows.supervisor import Service, Supervisor, exclusive
+from perennial.flows.supervisor import Service, Supervisor
 from perennial.infra.errors import ConflictError, UnavailableError
 
 SERVER = (
@@ -118,12 +118,3 @@ def test_service_that_never_gets_ready_quotes_its_log(tmp_path: Path, port: int)
             supervisor.start()
     finally:
         supervisor.stop()
-
-
-def test_second_holder_of_a_lock_is_refused(tmp_path: Path) -> None:
-    with (
-        exclusive(tmp_path / "up.lock"),
-        pytest.raises(ConflictError, match="held by another process"),
-        exclusive(tmp_path / "up.lock"),
-    ):
-        pass
