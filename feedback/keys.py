@@ -173,11 +173,6 @@ class KeyStore:
             row.expires_at = min(old.expires_at or now + overlap, now + overlap)
             return Rotation(old=_to_key(row), issued=issued)
 
-    def authenticate(self, text: str | None) -> Principal:
-        """The caller that `text` stands for, by a read of the database."""
-        parts = split_key(text)
-        return admit(self.find(parts.id), parts.secret, self._clock())
-
     def revoke(self, key_id: str) -> ApiKey:
         """End a key; revoking it twice keeps the first time."""
         with self._database.write() as session:

@@ -34,6 +34,11 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
         TooLargeError: as soon as it is known to exceed `max_bytes`.
     """
     _check_content_type(request)
+    return await read_body(request, max_bytes)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body; raises TooLargeError as soon as it is known to exceed `max_bytes`."""
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
@@ -63,12 +68,6 @@ def parse_json(decoder: msgspec.json.Decoder[BodyT], content: bytes) -> BodyT:
         raise MalformedError(f"the body is not JSON: {error}") from error
     except RecursionError as error:
         raise MalformedError("the body is nested too deeply") from error
-
-
-def bearer_token(request: Request) -> str | None:
-    """The token of `Authorization: Bearer …`, if there is one."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" and token else None
 
 
 def _field_error(said: str) -> InputError:

@@ -3,18 +3,11 @@
 Labels are route templates and codes, never what a client chose, so their number is bounded.
 """
 
-import re
-import time
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perennial.feedback.store import Stored
-from perennial.infra.clock import new_id
-
-_REQUEST_ID = "x-request-id"
 
 
 class Metrics:
@@ -75,54 +68,3 @@ class Metrics:
         """One more of `kind`, unless it was there before."""
         if not stored.is_replay:
             self.feedback.labels(kind, stored.status).inc()
-
-
-class Observe:
-    """ASGI middleware: gives every request an id, counts it and takes its time.
-
-    A client's own `X-Request-Id` is kept when it is short and plain; anything else could forge log
-    lines.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        """Wraps `app`."""
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
-        status, start = 500, time.perf_counter()
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        finally:
-            route = _route(scope)
-            method = scope["method"] if route != "unmatched" else "any"
-            self._metrics.requests.labels(route, method, str(status)).inc()
-            self._metrics.seconds.labels(route).observe(time.perf_counter() - start)
-
-
-def _route(scope: Scope) -> str:
-    """The template of the matched route; only FastAPI's own routes write theirs into the scope."""
-    if "route" in scope:
-        return str(scope["route"].path)
-    endpoint = scope.get("endpoint")
-    known = (r for r in scope["app"].routes if endpoint and getattr(r, "endpoint", 0) is endpoint)
-    return str(getattr(next(known, None), "path", "unmatched"))
-
-
-def _request_id(scope: Scope) -> str:
-    sent = dict(scope["headers"]).get(_REQUEST_ID.encode(), b"").decode("latin-1")
-    return sent if re.fullmatch(r"[A-Za-z0-9._\-]{1,64}", sent) else new_id("req")

@@ -29,11 +29,6 @@ _PLAIN_ID = re.compile(rb"[A-Za-z0-9._\-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-def own_headers(scope: Scope) -> _Headers:
-    """The headers that every answer to `scope` carries, whatever its route says."""
-    return [*_FIXED, (_REQUEST_ID, scope["state"]["request_id"].encode())]
-
-
 class Observe:
     """ASGI middleware: names, counts, times, guards and logs every request.
 
@@ -53,7 +48,8 @@ class Observe:
             await self._app(scope, receive, send)
             return
         scope.setdefault("state", {})["request_id"] = _request_id(scope)
-        exchange = _Exchange(receive, send, own_headers(scope))
+        request_id = scope["state"]["request_id"].encode()
+        exchange = _Exchange(receive, send, [*_FIXED, (_REQUEST_ID, request_id)])
         start = time.perf_counter()
         try:
             await self._app(scope, exchange.receive, exchange.send)

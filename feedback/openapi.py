@@ -45,6 +45,7 @@ def describe(app: FastAPI) -> None:
             schemas.update(_schemas())
             for path, operation in _WRITES.items():
                 document["paths"].setdefault(path, {})["post"] = _operation(path, operation)
+            document["paths"]["/v1/traces"] = {"post": _TRACES}
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -131,4 +132,19 @@ _KEY_PARAMETER = {
     "required": False,
     "description": "Makes a retry safe: the same key and body give the first answer again.",
     "schema": {"type": "string", "pattern": KEY_PATTERN},
+}
+
+_TRACES = {
+    "operationId": "post_traces",
+    "summary": "Take an OTLP ExportTraceServiceRequest; spans of answers become interactions.",
+    "security": [{"HTTPBearer": []}],
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"type": "object"}}},
+        "description": "Also as `application/x-protobuf`; gzip is taken.",
+    },
+    "responses": {
+        "200": {"description": "Stored, but for what `partial_success` counts."},
+        **PROBLEM_RESPONSES,
+    },
 }

@@ -25,43 +25,58 @@ class Span(NamedTuple):
 
 def find_spans(text: str) -> list[Span]:
     """The hits of all rules, which may overlap; invisible characters within one belong to it."""
-    plain = text if text.isascii() or not _ODD.search(text) else text.translate(_PLAIN)
+    plain = text if text.isascii() else _ODD.sub(lambda odd: _PLAIN[odd[0]], text)
     spans = list(_found(plain))
     if not spans or len(plain) == len(text):
         return spans
-    places = [i for i, char in enumerate(text) if _PLAIN.get(ord(char), "") is not None]
+    places = [i for i, char in enumerate(text) if _PLAIN.get(char) != ""]
     return [Span(places[s.start], places[s.end - 1] + 1, s.label) for s in spans]
 
 
 _INVISIBLE = (0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF)
 _SPACES = (0xA0, *range(0x2000, 0x200B), 0x202F, 0x3000)
-_DASHES = (*range(0x2010, 0x2016), 0x2212, 0xFF0D)
+_DASHES = (*range(0x2010, 0x2014), 0x2212, 0xFF0D)
 _ZEROS = (0x0660, 0x06F0, 0x0966, 0x09E6, 0xFF10)  # Arabic, Persian, Hindi, Bengali, full width
-_PLAIN: dict[int, str | None] = {
-    **dict.fromkeys(_INVISIBLE),
-    **dict.fromkeys(_SPACES, " "),
-    **dict.fromkeys(_DASHES, "-"),
-    **{zero + digit: str(digit) for zero in _ZEROS for digit in range(10)},
-    **{0xFF0B: "+", 0xFF0E: ".", 0xFF20: "@"},
+_PLAIN = {
+    **dict.fromkeys(map(chr, _INVISIBLE), ""),
+    **dict.fromkeys(map(chr, _SPACES), " "),
+    **dict.fromkeys(map(chr, _DASHES), "-"),
+    **{chr(zero + digit): str(digit) for zero in _ZEROS for digit in range(10)},
+    **{"＋": "+", "．": ".", "＠": "@"},
 }
-_ODD = re.compile(f"[{''.join(map(chr, _PLAIN))}]")
+_ODD = re.compile(f"[{''.join(_PLAIN)}]")
 
 
 def _found(text: str) -> Iterator[Span]:
     if "@" in text:
         yield from _hits(_EMAIL, text, _email)
-    if any(hint in text for hint in _SECRET_HINTS):
+    has_digit = any(digit in text for digit in "1203456789")
+    if has_digit or "_" in text:  # as every secret has
+        yield from _secrets(text)
+    if has_digit:
+        yield from _numbers(text)
+
+
+def _secrets(text: str) -> Iterator[Span]:
+    if "eyJ" in text:
         yield from _hits(_JWT, text, _jwt)
-        yield from _hits(_KEY, text, _key)
+    if "earer " in text or "uthorization" in text:
         yield from _hits(_BEARER, text, _key)
-    if ":" in text:
+    if any(prefix in text for prefix in (_KEYS if "_" in text else _KEYS_WITHOUT_UNDERSCORE)):
+        yield from _hits(_KEY, text, _key)
+
+
+def _numbers(text: str) -> Iterator[Span]:
+    if "::" in text or text.count(":") >= 7:
         yield from _hits(_IPV6, text, _ipv6)
     number = None
     for number in _NUMBER.finditer(text):
         # Two more, so that a pattern sees what follows the number.
         start, end = number.start(), number.end() + 2
-        yield from _hits(_IPV4, text, _ipv4, start, end)
-        yield from _hits(_CARD, text, _card, start, end)
+        if text.count(".", start, end) >= 3:
+            yield from _hits(_IPV4, text, _ipv4, start, end)
+        if end - start >= 16:
+            yield from _hits(_CARD, text, _card, start, end)
         yield from _hits(_PHONE, text, _phone, start, end)
         called = _CALLED.match(text, start, end)
         if called and _is_introduced(called, _PHONE_WORDS):
@@ -84,31 +99,27 @@ def _hits(
         at = match.start() + 1
 
 
-# A run of digits and what people write between them: each number rule looks within one.
-_NUMBER = re.compile(r"[+(0-9][0-9 ().+/\-]{6,}+")
-
 LABELS = ("EMAIL", "PHONE", "CARD", "IBAN", "IP", "API_KEY", "JWT")
 # Where a number or a key may begin: not within a word, nor where one was before it was replaced.
 _NO_PLACEHOLDER = "".join(rf"(?<!\[{label}\])" for label in LABELS)
 _START = rf"(?<![A-Za-z0-9_])(?>(?<!\])|{_NO_PLACEHOLDER})"
 
 _EMAIL = re.compile(
-    r"""
-    (?<![A-Za-z0-9\u00c0-\u052f._%+\-]) [A-Za-z0-9\u00c0-\u052f._%+\-]++
-    @ (?![0-9]x\.)                                              # logo@2x.png
-    (?:[A-Za-z0-9\u00c0-\u052f\-]{1,63}+\.){1,8} [A-Za-z\u00c0-\u052f]{2,63}+
-    """,
-    re.VERBOSE,
+    r"@(?![0-9]x\.)(?:[A-Za-z0-9\u00c0-\u052f\-]{1,63}+\.){1,8}[A-Za-z\u00c0-\u052f]{2,63}+"
 )
+_LOCAL_PART = re.compile(r"[A-Za-z0-9\u00c0-\u052f._%+\-]{1,64}+")
 
 
 def _email(match: re.Match[str]) -> Span | None:
-    # git@github.com:owner/repository is nobody's address.
-    is_git = match[0].startswith("git@") and match.string.startswith((":", "/"), match.end())
-    return None if is_git else Span(*match.span(), "EMAIL")
+    text, at = match.string, match.start()
+    local = _LOCAL_PART.match(text[max(0, at - 64) : at][::-1])
+    # git@github.com:owner/repository is nobody's address, nor is logo@2x.png, left out above.
+    if not local or (local[0] == "tig" and text.startswith((":", "/"), match.end())):
+        return None
+    return Span(at - local.end(), match.end(), "EMAIL")
 
 
-_KEY_SHAPES = {
+_KEYS = {
     "sk-": r"[\w-]{20,}+",  # OpenAI, Anthropic and others after them
     "sk_live_": r"\w{16,}+",  # Stripe
     "sk_test_": r"\w{16,}+",
@@ -130,9 +141,9 @@ _KEY_SHAPES = {
     "SG.": r"[\w-]{16,}+\.[\w-]{16,}+",  # SendGrid
     "pnl_": r"[\w-]{20,}+",  # Perennial
 }
-_SECRET_HINTS = (*_KEY_SHAPES, "eyJ", "earer ", "EARER ", "uthorization", "UTHORIZATION")
+_KEYS_WITHOUT_UNDERSCORE = tuple(prefix for prefix in _KEYS if "_" not in prefix)
 _KEY = re.compile(
-    rf"{_START}(?<!-)(?:{'|'.join(re.escape(k) + v for k, v in _KEY_SHAPES.items())})", re.ASCII
+    rf"{_START}(?<!-)(?:{'|'.join(re.escape(k) + v for k, v in _KEYS.items())})", re.ASCII
 )
 _BEARER = re.compile(
     rf"{_START}(?i:bearer|authorization:[ ]?(?:basic|token))[ ]{{1,4}}([\w.~+/=-]{{16,}}+)",
@@ -152,6 +163,9 @@ def _key(match: re.Match[str]) -> Span | None:
     return None if is_word else Span(*match.span(match.lastindex or 0), "API_KEY")
 
 
+# A run of digits and what people write between them: each number rule looks within one.
+_NUMBER = re.compile(r"[+(0-9][0-9 ().+/\-]{6,}+")
+
 _IPV4 = re.compile(
     rf"""
     {_START} (?<!\.) (?<![A-Za-z\]]-) (?<![=<>~!]=)             # numpy-1.2.3.4, numpy==1.2.3.4
@@ -162,13 +176,14 @@ _IPV4 = re.compile(
 )
 # Only what can be assigned: x[1::2] and a::b are addresses too, by the letter.
 _IPV6 = re.compile(
-    rf"""
-    (?=[23fF]){_START}(?<![:.])[0-9A-Fa-f]{{4}}
-    (?:::?[0-9A-Fa-f]{{1,4}}){{0,7}}(?:::)?
+    r"""
+    [23fF](?<![A-Za-z0-9_:.][23fF])[0-9A-Fa-f]{3}
+    (?:::?[0-9A-Fa-f]{1,4}){0,7}(?:::)?
     (?![A-Za-z0-9_\[]) (?!:[0-9A-Fa-f\[])
     """,
     re.VERBOSE,
 )
+_FREE = re.compile(_START)
 
 
 def _ipv4(match: re.Match[str]) -> Span | None:
@@ -186,7 +201,7 @@ def _ipv6(match: re.Match[str]) -> Span | None:
         ipaddress.IPv6Address(match[0])
     except ValueError:
         return None
-    return Span(*match.span(), "IP")
+    return Span(*match.span(), "IP") if _FREE.match(match.string, match.start()) else None
 
 
 _CARD = re.compile(
@@ -273,12 +288,14 @@ _PHONE_END = r"(?= x[0-9] | [^A-Za-z0-9_] | \Z ) (?![.\-][0-9\[])"  # x12 is an 
 _PHONE = re.compile(
     rf"""
     {_START} (?<![A-Za-z0-9_\]][./\-])
-    (?: (?P<abroad> (?:\+|00)[1-9](?:[ ().\-/]{{0,3}}[0-9]){{7,12}} (?<![ ./\-][0-9]) )
-      | (?P<american> (?:1[ .\-])?
-            (?:\([2-9][0-9]{{2}}\)[ \-]?|[2-9][0-9]{{2}}[ .\-])[0-9]{{3}}[ .\-][0-9]{{4}} )
-      | (?P<national> (?!{_DATE})
-            (?: \(?0[1-9][0-9]{{0,3}}\)?(?:[ /\-]{{1,3}}[0-9]{{2,8}}){{1,4}}
-              | 0[1-9](?:\.[0-9]{{2}}){{4}} ) )
+    (?: (?:\+|00)[1-9](?:[ ().\-/]{{0,3}}[0-9]){{7,12}} (?<![ ./\-][0-9])       # +49 (0)30 123-456
+      | (?:1[ .\-])?\([2-9][0-9]{{2}}\)[ \-]?[0-9]{{3}}[ .\-][0-9]{{4}}          # (555) 123-4567
+      | (?:1[ .\-])?[2-9][0-9]{{2}}[.\-][0-9]{{3}}[ .\-][0-9]{{4}}               # 555-123-4567
+      | (?<![0-9\]][ ])(?:1[ ])?[2-9][0-9]{{2}}[ ][0-9]{{3}}[ ][0-9]{{4}}        # 555 123 4567,
+            (?![ ][0-9\[])                                                     # in no row of others
+      | \(0[1-9][0-9]{{0,3}}\)(?:[ /\-]{{0,3}}[0-9]){{5,8}} (?<![ /\-][0-9])     # (020) 7946 0958
+      | (?!{_DATE}) 0[1-9](?:[ /\-]{{0,3}}[0-9]){{7,9}} (?<![ /\-][0-9])         # 030 / 123 4567
+      | 0[1-9](?:\.[0-9]{{2}}){{4}}                                             # 06.12.34.56.78
     )
     {_PHONE_END}
     """,
@@ -297,23 +314,23 @@ _OTHER_WORDS = re.compile(
     "|v|ver|version|release|build|section|chapter|article"
 )
 _FILLERS = re.compile("number|no|nr|is|at|on|me|us|him|her|them|my|our|or|to|the|back")
-_WORD = re.compile(r"[^\s:#(+/\"'{]+")
+_BETWEEN_WORDS = " \t\n:#(+/\"'{.,=-"
+_WORD = re.compile(r"[^\s:#(+/\"'{]++")
 
 
 def _phone(match: re.Match[str]) -> Span | None:
-    is_shaped = {
-        "abroad": not match[0].isdigit(),  # 0049… without a space may be any number
-        "american": True,
-        "national": 9 <= len(_digits(match)) <= 11,
-    }[match.lastgroup or ""]
-    is_phone = is_shaped and not _is_introduced(match, _OTHER_WORDS)
-    return Span(*match.span(), "PHONE") if is_phone else None
+    # 0049301234567 and 0301234567 may be any number: without a sign or a space they need a word.
+    if match[0].isdigit() or _is_introduced(match, _OTHER_WORDS):
+        return None
+    return Span(*match.span(), "PHONE")
 
 
 def _is_introduced(match: re.Match[str], words: re.Pattern[str]) -> bool:
     """Whether one of `words` stands before the match, as in "call me at", fillers apart."""
-    before = match.string[max(0, match.start() - 40) : match.start()].lower()
-    for word in reversed(_WORD.findall(before)):
+    before = match.string[max(0, match.start() - 40) : match.start()].rstrip(_BETWEEN_WORDS)
+    if not before[-1:].isalpha():  # most often another number
+        return False
+    for word in reversed(_WORD.findall(before.lower())):
         if not _FILLERS.fullmatch(word.rstrip(".,=-")):
             return words.fullmatch(word.rstrip(".,=-")) is not None
     return False

@@ -63,10 +63,10 @@ _OWN_REASONS = {
 
 def handle_errors(app: FastAPI) -> None:
     """Make every error that leaves `app` a problem."""
-    app.add_exception_handler(PerennialError, _on_perennial_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_request)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_unexpected)
+    app.add_exception_handler(PerennialError, answer_perennial_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid_request)
+    app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_exception_handler(Exception, answer_unexpected)
 
 
 def problem_of(error: PerennialError) -> Problem:
@@ -81,7 +81,8 @@ def problem_of(error: PerennialError) -> Problem:
         return _problem(status, detail, code=error.code)
     field = error.fields.get("field")
     errors = [FieldProblem(field=str(field), reason=str(error.fields["reason"]))] if field else []
-    return _problem(status, error.message[:_MAX_REASON_CHARS], code=error.code, errors=errors)
+    problem = _problem(status, error.message[:_MAX_REASON_CHARS], code=error.code, errors=errors)
+    return problem.model_copy(update={"retry_after_s": error.fields.get("retry_after_s")})
 
 
 def validation_problem(error: RequestValidationError) -> Problem:
@@ -131,10 +132,14 @@ def _response(
     )
 
 
-async def _on_perennial_error(request: Request, error: Exception) -> Response:
+async def answer_perennial_error(request: Request, error: Exception) -> Response:
+    """The problem of one of our own errors."""
     assert isinstance(error, PerennialError)
     problem = problem_of(error)
-    if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    # A refusal under overload is an answer like any other: its number is in the metrics.
+    if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(
+        error, OverloadedError
+    ):
         logger.error("request failed code=%s error=%s", error.code, error)
     return _response(request, problem, _retry_after(error))
 
@@ -144,21 +149,20 @@ def _retry_after(error: PerennialError) -> Mapping[str, str]:
     return {} if wait_s is None else {"Retry-After": str(max(1, math.ceil(float(wait_s))))}
 
 
-async def _on_invalid_request(request: Request, error: Exception) -> Response:
+async def _answer_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     return _response(request, validation_problem(error))
 
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
+async def answer_http_error(request: Request, error: Exception) -> Response:
+    """The problem of an error that names its own status."""
     assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
     return _response(request, _problem(status, error.detail), error.headers)
 
 
-async def _on_unexpected(request: Request, error: Exception) -> Response:
-    # Starlette raises the error again after this answer, so the server logs its stack.
+async def answer_unexpected(request: Request, error: Exception) -> Response:
+    """The problem of a defect; whoever calls raises the error again, so its stack is logged."""
     logger.error("request failed error=%s", type(error).__name__)
     detail = "something went wrong on the server"
-    response = _response(request, _problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail))
-    response.headers["x-request-id"] = getattr(request.state, "request_id", "unknown")
-    return response
+    return _response(request, _problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail))

@@ -29,6 +29,9 @@ MAX_COUNT = 2**31 - 1
 MIN_YEAR = 1970
 MAX_YEAR = 2999
 
+IMPORTED = "import"
+"""The route role of what a file brought: it can be learned from, but it is not today's traffic."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:

@@ -32,6 +32,7 @@ class Problem(BaseModel):
     detail: str
     code: str
     request_id: str | None = None
+    retry_after_s: float | None = None
     errors: list[FieldProblem] = Field(default_factory=list)
 
 

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from perennial.feedback.group import GroupRows, write_group
 from perennial.feedback.postgres_rows import PostgresRows
-from perennial.feedback.records import Feedback, Interaction, Judged
+from perennial.feedback.records import IMPORTED, Feedback, Interaction, Judged
 from perennial.feedback.rows import feedback_record, interaction_record
 from perennial.feedback.sqlite_rows import SqliteRows
 from perennial.feedback.store import Outcome, Page, Submission
@@ -110,6 +110,7 @@ class SqlFeedbackStore:
             select(InteractionRow)
             .filter_by(task=task)
             .where(InteractionRow.received_at >= since, InteractionRow.received_at < until)
+            .where(InteractionRow.route_role != IMPORTED)
             .order_by(InteractionRow.seq.desc())
             .limit(limit)
         )
@@ -136,6 +137,7 @@ class SqlFeedbackStore:
     def count_interactions_since(self, task: str, since: datetime) -> int:
         """How many interactions were received at `since` or later."""
         query = select(func.count()).select_from(InteractionRow).filter_by(task=task)
+        query = query.where(InteractionRow.route_role != IMPORTED)
         with self._database.read() as session:
             return session.scalar(query.where(InteractionRow.received_at >= since)) or 0
 
@@ -147,7 +149,8 @@ class SqlFeedbackStore:
 
     def newest_interaction_at(self, task: str) -> datetime | None:
         """When the last interaction was received."""
-        query = select(func.max(InteractionRow.received_at)).where(InteractionRow.task == task)
+        query = select(func.max(InteractionRow.received_at)).filter_by(task=task)
+        query = query.where(InteractionRow.route_role != IMPORTED)
         with self._database.read() as session:
             return session.scalar(query)
 

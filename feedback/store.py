@@ -88,7 +88,10 @@ class FeedbackStore(Protocol):
     def interactions_between(
         self, task: str, since: datetime, until: datetime, limit: int
     ) -> tuple[Interaction, ...]:
-        """The latest `limit` with since <= received_at < until, oldest first, of all tenants."""
+        """The latest `limit` with since <= received_at < until, oldest first, of all tenants.
+
+        This and what follows on interactions leaves out what was imported: it is not traffic.
+        """
 
     def feedback_between(self, task: str, since: datetime, until: datetime) -> tuple[Judged, ...]:
         """Joined feedback with since <= joined_at < until, oldest first, of all tenants.
@@ -117,8 +120,8 @@ class FeedbackStore(Protocol):
     def erase_subject(self, tenant: str, subject: str) -> int:
         """Empty the interactions of `subject`, what was said of them, and what it said itself.
 
-        Returns the number of rows that were emptied now. Ids, keys and digests stay: a retry of what
-        was erased finds it stored, and does not store it again.
+        Returns how many rows were emptied now. Ids, keys and digests stay: a retry of what was
+        erased finds it stored, and does not store it again.
         """
 
     def ping(self) -> None:

@@ -4,37 +4,45 @@ It needs the store and the model only; MLflow and Prefect may be down.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Protocol
 
-import uvicorn
 from fastapi import FastAPI
+from starlette.requests import Request
 
+from perennial.feedback.access import caller_of
 from perennial.feedback.admission import Admission, DiskWatermark, Rate, TokenBuckets
 from perennial.feedback.api import ApiDeps, create_app
 from perennial.feedback.committer import GroupCommitter
+from perennial.feedback.connections import serve
+from perennial.feedback.key_cache import KeyCache
 from perennial.feedback.keys import Authenticate, KeyStore, Scope, open_access
-from perennial.feedback.redact import Redact, redact_for, redact_nothing
+from perennial.feedback.middleware import access_log
 from perennial.feedback.rows import submission_of
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.feedback.store import Stored
 from perennial.flows.doctor import is_loopback
 from perennial.flows.mapping import to_interaction
+from perennial.flows.wiring import choose_redaction
 from perennial.infra.clock import utc_now
 from perennial.infra.db import Database
-from perennial.infra.errors import ConfigError, ForbiddenError
+from perennial.infra.errors import ConfigError
 from perennial.infra.migrate import upgrade
-from perennial.infra.settings import ApiSettings, RedactionSettings, Settings
+from perennial.infra.settings import ApiSettings, Settings
 from perennial.registry.champion import ChampionStore
 from perennial.serving.embedded import create_embedded_engine
-from perennial.serving.engine import BASE, AdapterRef
+from perennial.serving.engine import BASE, AdapterRef, Engine
 from perennial.serving.gateway import GatewayDeps, create_gateway
 from perennial.serving.recorder import RecordedAnswer, SpoolingRecorder
 from perennial.serving.scheduler import Limits
 from perennial.training.modelfiles import ensure_base_model
 
 log = logging.getLogger(__name__)
+
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 def run_app(settings: Settings) -> None:
@@ -48,28 +56,25 @@ def run_app(settings: Settings) -> None:
             f"{settings.api.host} is reachable from other machines and api.auth is open: "
             'set api.auth = "keys" and create one with `perennial keys create`'
         )
+    access_log.setLevel(logging.INFO if settings.api.access_log else logging.WARNING)
     upgrade(settings.resolved_database_url)
     database = Database(settings.resolved_database_url)
-    with database.as_only_ingest():
-        uvicorn.run(
-            build_app(settings, database),
-            host=settings.api.host,
-            port=settings.api.port,
-            http="httptools",
-            loop="uvloop",
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=8,
-            server_header=False,
-        )
+    with database.as_only_ingest(), _listener(settings.api) as listener:
+        serve(build_app(settings, database), listener)
+
+
+def _listener(api: ApiSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in api.host else socket.AF_INET
+    try:
+        return socket.create_server((api.host, api.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {api.host}:{api.port}: {error.strerror}; set api.host or api.port"
+        ) from error
 
 
 def build_app(settings: Settings, database: Database) -> FastAPI:
     """The ASGI app over a migrated database; the model is loaded when this returns."""
-    store = SqlFeedbackStore(database, utc_now)
-    committer = GroupCommitter(store.write)
-    authenticate = _authenticate(settings, database)
-    redact = _redact(settings.redaction)
     engine = create_embedded_engine(
         ensure_base_model(settings.model.name, settings.model.cache_dir),
         num_threads=settings.model.threads,
@@ -77,6 +82,22 @@ def build_app(settings: Settings, database: Database) -> FastAPI:
             max_batch=settings.model.max_batch, default_answer_tokens=settings.model.max_tokens
         ),
     )
+    return compose(settings, database, engine)
+
+
+class OwnEngine(Engine, Protocol):
+    """An engine that ends with the app."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+def compose(settings: Settings, database: Database, engine: OwnEngine) -> FastAPI:
+    """Gateway and feedback API in one app, whatever the engine."""
+    store = SqlFeedbackStore(database, utc_now)
+    committer = GroupCommitter(store.write)
+    authenticate = _authenticate(settings, database)
+    redact = choose_redaction(settings.redaction)
 
     def sink(answer: RecordedAnswer) -> None:
         item = redact(to_interaction(answer)).record
@@ -111,15 +132,14 @@ def build_app(settings: Settings, database: Database) -> FastAPI:
             authenticate=authenticate,
             admission=_admission(settings.api, database),
             redact=redact,
+            task=settings.task,
+            # A web page must not reach an open API by giving our address to a name of its own.
+            allowed_hosts=() if settings.api.auth == "keys" else (*_LOCAL_NAMES, settings.api.host),
             lifespan=lifespan,
         )
     )
     app.router.routes.extend(gateway.routes())
     return app
-
-
-def _redact(redaction: RedactionSettings) -> Redact:
-    return redact_for(frozenset(redaction.off_for)) if redaction.enabled else redact_nothing
 
 
 def _admission(api: ApiSettings, database: Database) -> Admission:
@@ -156,16 +176,13 @@ class _Champions:
 def _authenticate(settings: Settings, database: Database) -> Authenticate:
     if settings.api.auth == "open":
         return open_access()
-    return KeyStore(database, utc_now).authenticate
+    return KeyCache(KeyStore(database, utc_now).find, utc_now).authenticate
 
 
-def _tenant_of(authenticate: Authenticate) -> Callable[[str | None], str]:
+def _tenant_of(authenticate: Authenticate) -> Callable[[Request], Awaitable[str]]:
     """For the gateway: the tenant of a key that may ingest, for it may also ask."""
 
-    def tenant(token: str | None) -> str:
-        principal = authenticate(token)
-        if Scope.INGEST not in principal.scopes:
-            raise ForbiddenError("this API key lacks the scope ingest")
-        return principal.tenant
+    async def tenant(request: Request) -> str:
+        return (await caller_of(request, Scope.INGEST, authenticate)).tenant
 
     return tenant

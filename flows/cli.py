@@ -1,5 +1,6 @@
 """The command `perennial`. Heavy packages are imported inside the commands that need them."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from perennial.infra.errors import PerennialError
 from perennial.infra.log import configure_logging
 from perennial.infra.settings import Settings, apply_process_defaults, load_process_settings
 from perennial.registry.server import client_environment
+
+_NICENESS = 5  # of the worker: serving and ingestion go first where they share the cores
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -80,6 +83,7 @@ def worker(settings: Settings) -> None:
     """Run only the worker that executes scheduled flows."""
     from perennial.flows.schedules import run_worker
 
+    os.nice(_NICENESS)
     run_worker(settings)
 
 
@@ -270,7 +274,7 @@ def import_(
     is_dry: bool,
 ) -> None:
     """Import FILE, one JSON object a line, gzip or not; run again, it stores nothing twice."""
-    from perennial.feedback.imports import Format, Reading
+    from perennial.feedback.formats.reading import Format, Reading
     from perennial.flows.cli_import import read_key, run_import
 
     if url and tenant != "default":

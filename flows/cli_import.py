@@ -6,14 +6,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
+import click
 import httpx
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 
 from perennial.feedback.committer import GroupCommitter
-from perennial.feedback.imports import Reading
-from perennial.feedback.redact import Redact, redact_for, redact_nothing
+from perennial.feedback.formats.reading import Reading
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.flows.import_run import (
     Checkpoint,
@@ -23,11 +23,12 @@ from perennial.flows.import_run import (
     import_file,
 )
 from perennial.flows.import_sinks import ApiSink, DrySink, Prepare, Sink, StoreSink, make_prepare
+from perennial.flows.wiring import choose_redaction
 from perennial.infra.clock import utc_now
 from perennial.infra.db import Database
-from perennial.infra.errors import UnavailableError
+from perennial.infra.errors import ConfigError, UnavailableError
 from perennial.infra.migrate import upgrade
-from perennial.infra.settings import RedactionSettings, Settings
+from perennial.infra.settings import Settings
 
 _SHOWN_REFUSALS = 10
 _TOLD_EVERY_LINES = 10_000
@@ -36,9 +37,11 @@ _TIMEOUT_S = 60.0
 
 def read_key(variable: str) -> str:
     """The API key in an environment variable; raises ConfigError when there is none."""
-    from perennial.infra.settings import read_secret
-
-    return read_secret(variable)
+    option = click.Option(["--key"], envvar=variable)
+    key = option.resolve_envvar_value(click.get_current_context())
+    if key is None:
+        raise ConfigError(f"the variable {variable} is not set: put an API key into it")
+    return key
 
 
 def run_import(
@@ -52,7 +55,7 @@ def run_import(
     is_dry: bool,
 ) -> bool:
     """Import `path` into the store, or into the service at `url`; whether every line was taken."""
-    prepare = make_prepare(tenant, _redact(settings.redaction), utc_now)
+    prepare = make_prepare(tenant, choose_redaction(settings.redaction), utc_now)
     if is_dry:
         return _run(path, reading, DrySink(prepare), None, None)
     destination = url or f"{tenant} {settings.resolved_database_url}"
@@ -82,10 +85,6 @@ def _run(
         screen.say(f"refused lines, each with its reason, are in {refused.path}")
         return False
     return not progress.num_refused
-
-
-def _redact(redaction: RedactionSettings) -> Redact:
-    return redact_for(frozenset(redaction.off_for)) if redaction.enabled else redact_nothing
 
 
 def _summary(progress: Progress, verb: str) -> str:

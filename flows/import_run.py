@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from perennial.feedback.imports import Item, Line, Reading, read_items, read_lines
+from perennial.feedback.formats.reading import Item, Line, Reading, read_items, read_lines
 from perennial.feedback.store import Outcome, Stored
 from perennial.flows.import_sinks import MAX_ITEMS, Sink
 from perennial.infra.artifacts import write_atomic

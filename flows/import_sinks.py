@@ -14,7 +14,7 @@ import msgspec
 
 from perennial.feedback.bodies import FeedbackBody, InteractionBody
 from perennial.feedback.committer import GroupCommitter
-from perennial.feedback.imports import Item, Kind
+from perennial.feedback.formats.reading import Item, Kind
 from perennial.feedback.redact import Redact
 from perennial.feedback.rows import payload_sha256
 from perennial.feedback.store import Outcome, Stored, Submission

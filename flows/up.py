@@ -8,8 +8,8 @@ from rich.table import Table
 
 from perennial.flows.services import services
 from perennial.flows.supervisor import Supervisor
-from perennial.infra.migrate import upgrade
 from perennial.infra.locks import hold
+from perennial.infra.migrate import upgrade
 from perennial.infra.settings import Settings
 
 

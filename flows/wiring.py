@@ -5,12 +5,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from perennial.feedback.redact import Redact, redact_for, redact_nothing
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.feedback.store import FeedbackStore
 from perennial.infra.clock import Clock, utc_now
 from perennial.infra.db import Database
 from perennial.infra.migrate import upgrade
-from perennial.infra.settings import Settings, apply_process_defaults, load_process_settings
+from perennial.infra.settings import (
+    RedactionSettings,
+    Settings,
+    apply_process_defaults,
+    load_process_settings,
+)
 from perennial.monitoring.check_store import SqlCheckStore
 from perennial.registry.approvals import Approvals
 from perennial.registry.champion import ChampionStore, Outbox
@@ -56,6 +62,11 @@ def connect(settings: Settings | None = None) -> Iterator[Deps]:
         yield make_deps(chosen, database, utc_now)
     finally:
         database.dispose()
+
+
+def choose_redaction(redaction: RedactionSettings) -> Redact:
+    """What is done to every record before it is written."""
+    return redact_for(frozenset(redaction.off_for)) if redaction.enabled else redact_nothing
 
 
 def make_deps(settings: Settings, database: Database, clock: Clock) -> Deps:

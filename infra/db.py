@@ -9,7 +9,7 @@ and its own waiting sleeps for up to 100 ms at a time.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from perennial.infra.errors import ConfigError, UnavailableError
 from perennial.infra.locks import hold
 
 _BUSY_TIMEOUT_S = 30
+_CONNECT_S = 5
 _HANDOVER_S = 2.0  # for a predecessor that is just ending
 
 
@@ -124,10 +125,15 @@ class Database:
         Raises:
             UnavailableError: another service has the file.
         """
-        if self.file is None:
-            yield
-            return
-        with hold(self.file.with_name(f"{self.file.name}-ingest"), timeout_s=_HANDOVER_S):
+        with ExitStack() as stack:
+            if self.file is not None:
+                lock = self.file.with_name(f"{self.file.name}-ingest")
+                try:
+                    stack.enter_context(hold(lock, timeout_s=_HANDOVER_S))
+                except UnavailableError as error:
+                    raise UnavailableError(
+                        f"another service takes writes on {self.file}: stop it, or use PostgreSQL"
+                    ) from error
             yield
 
     def dispose(self) -> None:
@@ -167,7 +173,9 @@ def _file_of(url: URL) -> Path | None:
 
 def _make_engine(url: URL) -> Engine:
     if url.get_backend_name() == "postgresql":
-        return create_engine(url, pool_pre_ping=True, pool_size=8)
+        return create_engine(
+            url, pool_pre_ping=True, pool_size=8, connect_args={"connect_timeout": _CONNECT_S}
+        )
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S})

@@ -17,6 +17,8 @@ from perennial.infra.errors import ConfigError
 
 PREFIX = "PERENNIAL_"
 FILE_NAME = "perennial.toml"
+# Where clients keep their API key: ours to pass over.
+_NOT_SETTINGS = frozenset({"PERENNIAL_KEY"})
 
 
 class _Section(BaseModel):
@@ -30,6 +32,9 @@ class ApiSettings(_Section):
     port: int = Field(8790, ge=1, le=65535, description="Port to listen on.")
     auth: Literal["open", "keys"] = Field(
         "open", description="`open` needs no key and is refused beyond loopback; `keys` needs one."
+    )
+    access_log: bool = Field(
+        False, description="Log a line for each request: who, what, how long; never content."
     )
     max_per_s: float = Field(
         0, ge=0, description="Rows a second of one API key or tenant; 0 is no limit."
@@ -198,7 +203,7 @@ def load_settings(env: Mapping[str, str], file: Path | None = None) -> Settings:
     path = file or Path(FILE_NAME)
     values = _read_toml(path) if file or path.exists() else {}
     sources: dict[tuple[str, ...], str] = {}
-    for name in sorted(n for n in env if n.startswith(PREFIX)):
+    for name in sorted(n for n in env if n.startswith(PREFIX) and n not in _NOT_SETTINGS):
         keys = tuple(name.removeprefix(PREFIX).lower().split("__"))
         sources[keys] = name
         _put(values, keys, env[name], name)

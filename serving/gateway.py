@@ -39,13 +39,13 @@ from perennial.serving.routes import Route
 from perennial.serving.transport import EventStream, read_body, unless_gone
 from perennial.serving.watcher import LiveRoutes, RouteSource, RouteWatcher
 
-_RETRY_AFTER_S = "1"
+_ERROR_HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
 
-Authenticate = Callable[[str | None], str]
-"""Bearer token, or None when there is none → tenant. Raises AuthError or ForbiddenError."""
+Authenticate = Callable[[Request], Awaitable[str]]
+"""Request → tenant of its caller. Raises AuthError or ForbiddenError."""
 
 
-def anyone(_token: str | None) -> str:
+async def anyone(_: Request) -> str:
     """The tenant of a gateway without keys, for loopback only."""
     return "default"
 
@@ -183,12 +183,12 @@ class Gateway:
         return JSONResponse(self.health())
 
     async def _models(self, request: Request) -> Response:
-        await self._tenant_of(request)
+        await self._deps.authenticate(request)
         models = [self._model_body(task) for task in self._live.tasks]
         return JSONResponse({"object": "list", "data": models})
 
     async def _model(self, request: Request) -> Response:
-        await self._tenant_of(request)
+        await self._deps.authenticate(request)
         task = request.path_params["task"]
         if task not in self._live.tasks:
             raise NotFoundError(f"there is no model {task!r}", reason="model_not_found")
@@ -198,14 +198,9 @@ class Gateway:
         route = self._live.find(task)
         return wire.model_body(task, route.version if route else None)
 
-    async def _tenant_of(self, request: Request) -> str:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        bearer = token.strip() if scheme.lower() == "bearer" else ""
-        return await asyncio.to_thread(self._deps.authenticate, bearer or None)
-
     async def _chat(self, request: Request) -> Response:
         received_at, started_s = self._deps.clock(), time.monotonic()
-        tenant = await self._tenant_of(request)
+        tenant = await self._deps.authenticate(request)
         call = wire.parse_chat_body(await read_body(request, self._deps.max_body_bytes))
         with ExitStack() as stack:
             turn = _Turn(
@@ -307,7 +302,7 @@ def _status_of(error: PerennialError) -> _Status:
 
 def _error_response(error: PerennialError) -> Response:
     _, status, kind = _status_of(error)
-    headers = {"retry-after": _RETRY_AFTER_S} if status == 503 else {}
+    headers = _ERROR_HEADERS.get(status)
     return JSONResponse(wire.error_body(error, kind), status_code=status, headers=headers)
 
 

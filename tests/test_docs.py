@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from perennial.feedback.api import ApiDeps, create_app
+from perennial.feedback.committer import GroupCommitter
 from perennial.feedback.keys import open_access
 from perennial.flows.cli import main
 from perennial.flows.cli_settings import settings_table
@@ -39,7 +40,8 @@ def test_every_option_has_help() -> None:
 
 def test_every_route_is_documented() -> None:
     text = (DOCS / "api.md").read_text()
-    app = create_app(ApiDeps(store=None, authenticate=open_access()))  # type: ignore[arg-type]  # never called
+    committer = GroupCommitter(lambda _: ())
+    app = create_app(ApiDeps(store=None, committer=committer, authenticate=open_access()))  # type: ignore[arg-type]  # never called
     paths = app.openapi()["paths"]
     routes = [f"`{method.upper()} {path}`" for path, methods in paths.items() for method in methods]
 

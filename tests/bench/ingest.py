@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 from rig import events, peers
-from rig.disk import fsync_rate
+from rig.disk import FsyncRate, fsync_rate
 from rig.load import Phase
 from rig.neighbours import Neighbours
 from rig.postgres import postgres
@@ -50,10 +50,10 @@ class Times:
     warmup_s: float = 1.0
     num_rounds: int = 3
     overload_s: float = 60.0
-    calm_s: float = 15.0  # before and after the overload
+    calm_s: float = 15.0  # after the overload, and half as long before it
 
 
-SHORT = Times(round_s=2.0, warmup_s=0.5, num_rounds=1, overload_s=5.0, calm_s=6.0)
+SHORT = Times(round_s=2.0, warmup_s=0.5, num_rounds=1, overload_s=4.0, calm_s=6.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,24 +122,26 @@ def main() -> int:
 
 def disk(bench: Bench) -> Numbers:
     """Fsyncs of one page, nothing else running."""
-    rate = fsync_rate(bench.folder, bench.times.round_s / 2)
-    return {"fsync_per_s": rate.per_s, "fsync_p50_ms": rate.p50_ms}
+    rounds = [fsync_rate(bench.folder, bench.times.round_s / 2) for _ in range(3)]
+    return fsyncs(rounds)
 
 
 def single(bench: Bench) -> Numbers:
-    """64 clients, 1 KB, SQLite; by turns with one commit per request."""
-    fast_rounds, control_rounds = [], []
+    """64 clients, 1 KB, SQLite; by turns with one commit per request, and with bare fsyncs."""
+    fast_rounds, control_rounds, fsync_rounds = [], [], []
     with under_test(bench, "fast") as fast, under_test(bench, "control", rows=1) as control:
         with Watch(fast.served.pid) as watch:
             for _ in range(bench.times.num_rounds):
                 fast_rounds.append(fast.closed(fast.singles()))
                 control_rounds.append(control.closed(control.singles()))
+                fsync_rounds.append(fsync_rate(bench.folder, bench.times.round_s / 2))
         interactions = fast.closed(
             events.interactions(fast.served.port, fast.served.key, random.Random(bench.seed))
         )
         generator_us = statistics.median(fast.generator.cpu_us)
     fast_per_s, control_per_s = median(fast_rounds, "per_s"), median(control_rounds, "per_s")
     return {
+        **fsyncs(fsync_rounds),
         "single_per_s": fast_per_s,
         "single_p50_ms": median(fast_rounds, "p50_ms"),
         "single_p99_ms": median(fast_rounds, "p99_ms"),
@@ -182,14 +184,14 @@ def batch(bench: Bench) -> Numbers:
 
 def idle(bench: Bench) -> Numbers:
     """One client, one request at a time, by turns with fsyncs of the same disk."""
-    acks, fsyncs = [], []
+    acks, fsync_rounds = [], []
     with under_test(bench, "idle") as ours:
         for _ in range(bench.times.num_rounds):
-            fsyncs.append(fsync_rate(bench.folder, bench.times.round_s / 2).p50_ms)
+            fsync_rounds.append(fsync_rate(bench.folder, bench.times.round_s / 2).p50_ms)
             acks.append(ours.closed(ours.singles(), 1)["p50_ms"])
     return {
         "idle_ack_ms": statistics.median(acks),
-        "idle_fsync_p50_ms": statistics.median(fsyncs),
+        "idle_fsync_p50_ms": statistics.median(fsync_rounds),
     }
 
 
@@ -199,7 +201,7 @@ def overload(bench: Bench) -> Numbers:
     with under_test(bench, "overload") as ours:
         peak = max(ours.closed(ours.singles())["per_s"] for _ in range(times.num_rounds))
         phases = [
-            Phase(seconds=times.calm_s, rate=peak / 2, warmup_s=min(2.0, times.calm_s / 2)),
+            Phase(seconds=times.calm_s / 2, rate=peak / 2, warmup_s=times.warmup_s),
             Phase(seconds=times.overload_s, rate=3 * peak),
             Phase(seconds=times.calm_s, rate=peak / 2),
         ]
@@ -337,6 +339,14 @@ def make_target(served: Served) -> str:
         timeout=30,
     )
     return str(answer.raise_for_status().json()["id"])
+
+
+def fsyncs(rounds: Sequence[FsyncRate]) -> Numbers:
+    """The medians of fsync rates over rounds."""
+    return {
+        f"fsync_{name}": statistics.median(getattr(each, name) for each in rounds)
+        for name in ("per_s", "p50_ms", "p99_ms")
+    }
 
 
 def recovery_s(p99_ms_by_second: Sequence[float | None], bound_ms: float) -> int:

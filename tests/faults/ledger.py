@@ -69,7 +69,7 @@ class Ledger:
             self.faults.append(f"{keys[0]}: not one status for each of {len(keys)} items")
         for key, item in zip(keys, items, strict=False):
             if item["status"] in (200, 201):
-                self.promise(key, item["feedback"]["id"])
+                self.promise(key, (item.get("feedback") or item["interaction"])["id"])
             else:
                 self.faults.append(f"{key}: {item}")
         return ()
@@ -99,7 +99,7 @@ def send(wire: Wire, sent: Event) -> Answer:
 
 
 class Client(threading.Thread):
-    """Posts events, `size` at a time, each until it is promised, whatever the server does."""
+    """Posts events, one or `2 * size` at a time, each until promised, whatever the server does."""
 
     def __init__(
         self, name: str, port: int, ledger: Ledger, enough: threading.Event, size: int
@@ -113,21 +113,30 @@ class Client(threading.Thread):
         self._wire: Wire | None = None
 
     def run(self) -> None:
-        for first in count(0, 4 * self._size):
-            if self._enough.is_set() or self._hopeless.is_set():
-                break
-            # Of four events in a row each feedback has its interaction; a batch is all feedback.
-            numbers = range(first, first + 4 * self._size)
-            if self._size == 1:
-                for n in numbers:
-                    self._deliver([f"{self.name}-{n}"])
-            else:
-                self._deliver([f"{self.name}-{n}" for n in numbers if n % 2])
-        self._hang_up()
+        try:
+            self._post_until_enough()
+        except BaseException as error:
+            self._ledger.faults.append(f"{self.name}: {error!r}")
+            raise
+        finally:
+            self._hang_up()
 
     def give_up(self) -> None:
         """Leave the events at hand without their promise."""
         self._hopeless.set()
+
+    def _post_until_enough(self) -> None:
+        for first in count(0, 4 * self._size):
+            if self._enough.is_set() or self._hopeless.is_set():
+                break
+            # Of four events in a row each feedback has its interaction.
+            keys = [f"{self.name}-{n}" for n in range(first, first + 4 * self._size)]
+            if self._size == 1:
+                for key in keys:
+                    self._deliver([key])
+            else:
+                self._deliver(keys[1::2])
+                self._deliver(keys[::2])
 
     def _deliver(self, keys: Sequence[str]) -> None:
         self._ledger.sent.update(keys)
@@ -147,7 +156,7 @@ class Client(threading.Thread):
             is_promised = self._ledger.note(keys[0], send(self._wire, event(keys[0])))
             return () if is_promised else keys
         items = [{**event(key).body, "idempotency_key": key} for key in keys]
-        answer = self._wire.post("/v1/feedback/batch", {"items": items})
+        answer = self._wire.post(f"{event(keys[0]).path}/batch", {"items": items})
         return self._ledger.note_batch(keys, answer)
 
     def _hang_up(self) -> None:

@@ -12,21 +12,21 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perennial.feedback.api import ApiDeps, create_app
 from perennial.feedback.committer import GroupCommitter
+from perennial.feedback.connections import serve
 from perennial.feedback.keys import open_access
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.infra.clock import Clock, new_id, utc_now
@@ -73,24 +73,8 @@ def main(url: str, port: int, log: Path, options: Sequence[str]) -> None:
     app: ASGIApp = MUTANTS.get(args.mutant, _as_it_is)(build_app(database))
     if point == "ack":
         app = dying_at_ack(app, int(k))
-    with database.as_only_ingest():
-        serve(app, port)
-
-
-def serve(app: ASGIApp, port: int) -> None:
-    """Serve as production does; status 0 when asked to end."""
-    # uvicorn drains, then raises the signal again.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.run(
-        app,
-        port=port,
-        http="httptools",
-        loop="uvloop",
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=8,
-        server_header=False,
-    )
+    with database.as_only_ingest(), socket.create_server(("127.0.0.1", port)) as listener:
+        serve(app, listener)
 
 
 def _write_to(log: Path) -> None:

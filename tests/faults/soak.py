@@ -23,21 +23,29 @@ NUM_SINGLES = 12
 NUM_BATCHERS = 2
 BATCH = 25
 STATEMENTS = ("BEGIN", "INSERT INTO interactions", "INSERT INTO feedback", "COMMIT")
-CALLS = (("-wal", "pwrite64"), ("-wal", "fdatasync"), ("", "pwrite64"), ("", "fdatasync"))
+# A file, a call on it, and how many of them a life may still see before its death.
+CALLS = (
+    ("-wal", "pwrite64", 300),
+    ("-wal", "fdatasync", 100),
+    ("", "pwrite64", 100),
+    ("", "fdatasync", 1),
+)
 START_STATEMENTS = 100
-MAX_LIFE_S = 120
+MAX_LIFE_S = 20
 REPORT_EVERY = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What one database went through."""
+    """What one database went through, and what was wrong after it."""
 
     database: str
-    num_kills: int
-    num_acks: int
-    num_refused: int
-    num_broken: int
+    kills: int
+    acks: int
+    lost: int
+    repeated: int
+    refused: int
+    broken_off: int
     seconds: float
     faults: Sequence[str]
 
@@ -60,7 +68,11 @@ def main() -> int:
             with site(folder, url) as there:
                 goal = round(args.kills * share), round(args.acks * share)
                 outcomes.append(soak(there, *goal, random.Random(args.seed)))
-    print("RESULT", json.dumps([asdict(outcome) for outcome in outcomes]), flush=True)
+    totals = {
+        name: sum(getattr(outcome, name) for outcome in outcomes)
+        for name in ("kills", "acks", "lost", "repeated")
+    }
+    print("RESULT", json.dumps({**totals, "runs": [*map(asdict, outcomes)]}), flush=True)
     return int(any(outcome.faults for outcome in outcomes))
 
 
@@ -78,10 +90,12 @@ def soak(there: Site, kills: int, acks: int, rng: random.Random) -> Outcome:
     faults = audit(ledger, there.url) + replay(ledger, there.port, rng, num=2000)
     return Outcome(
         database=there.url.partition(":")[0],
-        num_kills=kills,
-        num_acks=len(ledger.promised),
-        num_refused=ledger.refused.total(),
-        num_broken=ledger.num_broken,
+        kills=kills,
+        acks=len(ledger.promised),
+        lost=sum(fault.endswith("lost") for fault in faults),
+        repeated=sum(fault.endswith("times") for fault in faults),
+        refused=ledger.refused.total(),
+        broken_off=ledger.num_broken,
         seconds=round(time.monotonic() - started, 1),
         faults=faults[:50],
     )
@@ -94,10 +108,10 @@ def live_and_die(there: Site, ledger: Ledger, enough: int, rng: random.Random) -
     there.start("--die", f"{point}:{k + START_STATEMENTS}")
     until(lambda: len(ledger.promised) >= enough or there.has_ended(), 600)
     if kind == "call":
-        suffix, call = rng.choice(CALLS)
-        death = f"inject={call}:signal=SIGKILL:when={k}"
+        suffix, call, most = rng.choice(CALLS)
+        death = f"inject={call}:signal=SIGKILL:when={rng.randint(1, most)}"
         with strace(there, "-P", there.url.removeprefix("sqlite:///") + suffix, "-e", death):
-            until(there.has_ended, MAX_LIFE_S)
+            there.wait(MAX_LIFE_S)
     there.kill()
 
 

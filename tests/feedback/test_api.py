@@ -11,6 +11,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from perennial.feedback.committer import GroupCommitter
+from perennial.feedback.key_cache import KeyCache
 from perennial.feedback.keys import KeyStore, Scope
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.infra.clock import utc_now
@@ -202,7 +203,9 @@ def tenants(
     def headers(tenant: str, *scopes: Scope) -> dict[str, str]:
         return {"Authorization": f"Bearer {keys.issue(tenant, frozenset(scopes)).text}"}
 
-    return make_client(sqlite_database, authenticate=keys.authenticate), headers
+    return make_client(
+        sqlite_database, authenticate=KeyCache(keys.find, utc_now).authenticate
+    ), headers
 
 
 CALLS = [

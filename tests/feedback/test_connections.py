@@ -1,25 +1,31 @@
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from perennial.feedback import connections
 from perennial.feedback.connections import MAX_HEAD_BYTES, BoundedHttp
 
 GET = b"GET / HTTP/1.1\r\nHost: test\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\n"
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Hasty(BoundedHttp):
-    head_timeout_s = 0.05
+    head_timeout_s = body_timeout_s = 0.05
 
 
 @asynccontextmanager
-async def _connected(protocol: type[BoundedHttp]) -> AsyncIterator[Streams]:
-    config, state = Config(PlainTextResponse("hello"), lifespan="off"), ServerState()
+async def _connected(protocol: type[BoundedHttp], app: ASGIApp) -> AsyncIterator[Streams]:
+    config, state = Config(app, lifespan="off"), ServerState()
     config.load()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: protocol(config, state, {}), "127.0.0.1", 0)
@@ -34,10 +40,17 @@ async def _status(reader: asyncio.StreamReader) -> bytes:
     return head.split(maxsplit=2)[1]
 
 
-@pytest.mark.parametrize("start", [b"", b"G", GET])
-def test_head_that_never_ends_is_hung_up_on(start: bytes) -> None:
+async def _read(scope: Scope, receive: Receive, send: Send) -> None:
+    """An app that reads the whole body before it answers."""
+    with suppress(ClientDisconnect):
+        await Request(scope, receive).body()
+    await PlainTextResponse("hello")(scope, receive, send)
+
+
+@pytest.mark.parametrize("start", [b"", b"G", GET, POST, POST + b"half a body"])
+def test_request_that_never_ends_is_hung_up_on(start: bytes) -> None:
     async def wait() -> bytes:
-        async with _connected(Hasty) as (reader, writer):
+        async with _connected(Hasty, _read) as (reader, writer):
             writer.write(start)
             return await asyncio.wait_for(reader.read(), 5)
 
@@ -46,7 +59,7 @@ def test_head_that_never_ends_is_hung_up_on(start: bytes) -> None:
 
 def test_second_head_has_as_much_time_as_the_first() -> None:
     async def wait() -> bytes:
-        async with _connected(Hasty) as (reader, writer):
+        async with _connected(Hasty, _read) as (reader, writer):
             writer.write(GET + b"\r\n")
             assert await _status(reader) == b"200"
             await reader.readexactly(len("hello"))
@@ -56,10 +69,10 @@ def test_second_head_has_as_much_time_as_the_first() -> None:
     assert asyncio.run(wait()) == b""
 
 
-@pytest.mark.parametrize("num_bytes", [1, MAX_HEAD_BYTES // 2, MAX_HEAD_BYTES, 1 << 20])
+@pytest.mark.parametrize("num_bytes", [1, MAX_HEAD_BYTES // 2, MAX_HEAD_BYTES])
 def test_head_is_answered_up_to_its_limit(num_bytes: int) -> None:
     async def ask(*parts: bytes) -> bytes:
-        async with _connected(BoundedHttp) as (reader, writer):
+        async with _connected(BoundedHttp, _read) as (reader, writer):
             for part in parts:
                 writer.write(part)
                 await asyncio.sleep(0)
@@ -71,10 +84,46 @@ def test_head_is_answered_up_to_its_limit(num_bytes: int) -> None:
     assert asyncio.run(ask(*(head[i : i + 4096] for i in range(0, len(head), 4096)))) == expected
 
 
+def test_answer_may_take_longer_than_its_request() -> None:
+    async def answer_late(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(4 * Hasty.body_timeout_s)
+        await PlainTextResponse("hello")(scope, receive, send)
+
+    async def ask() -> bytes:
+        async with _connected(Hasty, answer_late) as (reader, writer):
+            writer.write(POST + b"x" * 100)
+            return await _status(reader)
+
+    assert asyncio.run(ask()) == b"200"
+
+
 def test_endless_header_is_not_kept() -> None:
     async def ask() -> bytes:
-        async with _connected(BoundedHttp) as (reader, writer):
+        async with _connected(BoundedHttp, _read) as (reader, writer):
             writer.write(GET + b"X-Big: " + b"x" * (2 * MAX_HEAD_BYTES))
             return await _status(reader)
 
     assert asyncio.run(ask()) == b"400"
+
+
+def test_requests_beyond_the_limit_are_told_when_to_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "MAX_REQUESTS", 0)
+
+    async def refused() -> tuple[bytes, bytes]:
+        async with _connected(BoundedHttp, _read) as (reader, writer):
+            writer.write(GET + b"\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]  # it is there
+            body = await reader.readexactly(length)
+            monkeypatch.setattr(connections, "MAX_REQUESTS", 10)
+            writer.write(GET + b"\r\n")
+            assert await _status(reader) == b"200"
+            return head, body
+
+    head, body = asyncio.run(refused())
+
+    assert head.startswith(b"HTTP/1.1 503")
+    assert b"retry-after: 1" in head
+    assert json.loads(body)["code"] == "overloaded"

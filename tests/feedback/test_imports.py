@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perennial.feedback.bodies import FeedbackBody, InteractionBody
-from perennial.feedback.imports import (
+from perennial.feedback.formats.reading import (
     MAX_LINE_BYTES,
     Format,
     Item,
@@ -157,9 +157,10 @@ def test_own_lines_are_the_bodies_of_the_api() -> None:
 def test_a_line_without_a_name_is_known_by_what_it_says() -> None:
     (one,) = items_of({"feedback": FEEDBACK})
     (same,) = items_of(b" " + json.dumps({"feedback": dict(reversed(FEEDBACK.items()))}).encode())
+    (elsewhere,) = items_of({"feedback": FEEDBACK}, task="sales")
     (other,) = items_of({"feedback": {**FEEDBACK, "may_train": False}})
 
-    assert one.key == same.key != other.key
+    assert one.key == same.key == elsewhere.key != other.key
 
 
 def test_a_chat_example_is_an_answer_and_a_demonstration() -> None:

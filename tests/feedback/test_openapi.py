@@ -12,12 +12,12 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from perennial.feedback.api import ApiDeps, create_app
 from perennial.feedback.committer import GroupCommitter
+from perennial.feedback.key_cache import KeyCache
 from perennial.feedback.keys import KeyStore, Scope
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.infra.clock import utc_now
 from perennial.infra.db import Database, create_all
 
-NUM_CASES = 30
 OPERATIONS = [
     ("POST", "/v1/interactions"),
     ("POST", "/v1/interactions/batch"),
@@ -27,6 +27,7 @@ OPERATIONS = [
     ("GET", "/v1/feedback/{id}"),
     ("GET", "/v1/interactions"),
     ("GET", "/v1/feedback"),
+    ("POST", "/v1/traces"),
     ("DELETE", "/v1/subjects/{subject}"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
@@ -46,12 +47,14 @@ class Guarded:
             ApiDeps(
                 store=store,
                 committer=GroupCommitter(store.write),
-                authenticate=keys.authenticate,
+                authenticate=KeyCache(keys.find, utc_now).authenticate,
             )
         )
         key = keys.issue("acme", frozenset({Scope.INGEST, Scope.READ}))
         self.headers = {"Authorization": f"Bearer {key.text}"}
         self.schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+        rejection = self.schema.config.checks.negative_data_rejection
+        rejection.expected_statuses = [*rejection.expected_statuses, "413"]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def test_every_operation_is_tried(guarded: Guarded) -> None:
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_generated_requests_are_answered_as_described(
-    guarded: Guarded, method: str, path: str, mode: GenerationMode
+    guarded: Guarded, method: str, path: str, mode: GenerationMode, pytestconfig: pytest.Config
 ) -> None:
     operation = guarded.schema[path][method]
     has_input = bool(operation.body or operation.path_parameters or operation.query)
@@ -81,7 +84,7 @@ def test_generated_requests_are_answered_as_described(
 
     @given(st.data())
     @settings(
-        max_examples=NUM_CASES,
+        max_examples=pytestconfig.getoption("cases"),
         derandomize=True,
         database=None,
         deadline=None,

@@ -21,11 +21,18 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.schemas import Schemas
 
-from perennial.feedback import otlp
 from perennial.feedback.bodies import FeedbackItemBody, InteractionItemBody
-from perennial.feedback.otlp import JSON, PROTOBUF, Converted, gunzip, reply, traces_to_items
+from perennial.feedback.formats import otlp
+from perennial.feedback.formats.otlp import (
+    JSON,
+    PROTOBUF,
+    Converted,
+    gunzip,
+    reply,
+    traces_to_items,
+)
 from perennial.feedback.records import Comment, Feedback, Interaction, Label, Message, Score
-from perennial.infra.errors import InputError, TooLargeError
+from perennial.infra.errors import InputError, MalformedError, TooLargeError
 from tests.feedback.conftest import START
 
 TRACE_ID = bytes.fromhex("5b8efff798038103d269b633813fc60c")
@@ -331,8 +338,8 @@ def test_a_score_needs_its_scale() -> None:
         (b'{"resourceSpans": [{"scopeSpans": [{"spans": [{"kind": 1e400}]}]}]}', JSON),
     ],
 )
-def test_what_is_no_trace_export_is_an_input_error(content: bytes, content_type: str) -> None:
-    with pytest.raises(InputError, match="not an OTLP trace export"):
+def test_what_is_no_trace_export_is_malformed(content: bytes, content_type: str) -> None:
+    with pytest.raises(MalformedError, match="not an OTLP trace export"):
         traces_to_items(content, content_type, task="support")
 
 
@@ -388,7 +395,7 @@ def test_gzip_is_unpacked_up_to_a_limit() -> None:
     assert gunzip(gzip.compress(b"x" * 100), 100) == b"x" * 100
     with pytest.raises(TooLargeError):
         gunzip(gzip.compress(bytes(100 << 20)), 1_000)
-    with pytest.raises(InputError, match="not gzip"):
+    with pytest.raises(MalformedError, match="not gzip"):
         gunzip(b"plain", 100)
-    with pytest.raises(InputError, match="too early"):
+    with pytest.raises(MalformedError, match="too early"):
         gunzip(gzip.compress(b"x" * 1_000)[:-9], 1_000)

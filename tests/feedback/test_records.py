@@ -1,16 +1,16 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perennial.feedback.records import (
     MAX_COUNT,
-    SIGNALS,
     Binary,
     Comment,
     Correction,
@@ -24,13 +24,11 @@ from perennial.feedback.records import (
     Score,
     Target,
 )
-from perennial.feedback.rows import (
-    feedback_record,
-    feedback_row,
-    interaction_record,
-    interaction_row,
-)
+from perennial.feedback.sql_store import SqlFeedbackStore
+from perennial.infra.clock import new_id
+from perennial.infra.db import Database
 from perennial.infra.errors import InputError
+from tests.feedback.writing import put
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=40)
 filled = texts.filter(bool)
@@ -98,27 +96,37 @@ feedbacks = st.builds(
 )
 
 
-@given(interactions)
-def test_interaction_survives_becoming_a_row(item: Interaction) -> None:
-    assert interaction_record(interaction_row(item, None)) == item
+_stored = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
-@given(feedbacks)
-def test_feedback_survives_becoming_a_row(item: Feedback) -> None:
-    assert feedback_record(feedback_row(item, None)) == item
+@_stored
+@given(item=interactions)
+def test_interaction_comes_back_from_a_database_as_it_was(
+    database: Database, item: Interaction
+) -> None:
+    store = SqlFeedbackStore(database, lambda: item.received_at)
+    sent = replace(item, id=new_id("int"), tenant="acme")
+
+    put(store, sent)
+
+    assert store.get_interaction("acme", sent.id) == sent
 
 
-def test_every_kind_of_signal_is_known_by_its_name() -> None:
-    assert list(SIGNALS) == [
-        "binary",
-        "score",
-        "label",
-        "correction",
-        "preference",
-        "demonstration",
-        "comment",
-        "implicit",
-    ]
+@_stored
+@given(item=feedbacks)
+def test_feedback_comes_back_from_a_database_as_it_was(database: Database, item: Feedback) -> None:
+    store = SqlFeedbackStore(database, lambda: item.received_at)
+    sent = replace(item, id=new_id("fb"), tenant="acme")
+
+    stored = put(store, sent)
+
+    found = store.get_feedback("acme", sent.id)
+    joined_at = item.received_at if stored.status == "joined" else None
+    assert found == replace(sent, status=stored.status, joined_at=joined_at)
 
 
 @pytest.mark.parametrize(

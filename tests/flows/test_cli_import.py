@@ -17,7 +17,8 @@ from click.testing import CliRunner
 
 from perennial.feedback.api import ApiDeps, create_app
 from perennial.feedback.committer import GroupCommitter
-from perennial.feedback.keys import open_access
+from perennial.feedback.key_cache import KeyCache
+from perennial.feedback.keys import KeyStore, Scope, open_access
 from perennial.feedback.redact import redact_for
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.flows.cli import main
@@ -123,15 +124,16 @@ def test_a_tenant_with_an_address_is_an_error(file: Path) -> None:
 
 
 @contextmanager
-def _service(file: Path) -> Iterator[str]:
+def _service(file: Path, *, with_keys: bool = False) -> Iterator[str]:
     """The feedback API on this database, without the gateway's model."""
     upgrade(f"sqlite:///{_database(file)}")
     database = Database(f"sqlite:///{_database(file)}")
     store = SqlFeedbackStore(database, utc_now)
+    keys = KeyCache(KeyStore(database, utc_now).find, utc_now)
     deps = ApiDeps(
         store=store,
         committer=GroupCommitter(store.write),
-        authenticate=open_access(),
+        authenticate=keys.authenticate if with_keys else open_access(),
         redact=redact_for(frozenset()),
     )
     server = uvicorn.Server(uvicorn.Config(create_app(deps), port=0, log_level="warning"))
@@ -163,6 +165,22 @@ def test_where_a_service_takes_writes_the_import_goes_through_it(file: Path) -> 
     assert (refused, "--url http://" in how) == (2, True)
     assert (code, "1,400 rows stored" in output) == (0, True)
     assert (after, "0 rows stored, 1,400 were there before" in known) == (0, True)
+
+
+def test_the_key_comes_from_a_variable_and_names_the_tenant(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _service(file, with_keys=True) as url:
+        keys = KeyStore(Database(f"sqlite:///{_database(file)}"), utc_now)
+        issued = keys.issue("shop", frozenset({Scope.INGEST}))
+        without, why = _import(file, "--url", url)
+        unset, how = _import(file, "--url", url, "--key-env", "SHOP_KEY")
+        monkeypatch.setenv("SHOP_KEY", issued.text)
+        code, _ = _import(file, "--url", url, "--key-env", "SHOP_KEY")
+
+    assert (without, "--key-env" in why) == (2, True)
+    assert (unset, "SHOP_KEY is not set" in how) == (2, True)
+    assert (code, _rows(file, "SELECT tenant FROM feedback")) == (0, [("shop",)])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from perennial.feedback.api import ApiDeps, create_app
 from perennial.feedback.committer import GroupCommitter
-from perennial.feedback.imports import Item, Reading
+from perennial.feedback.formats.reading import Item, Reading
 from perennial.feedback.keys import open_access
 from perennial.feedback.redact import redact_nothing
 from perennial.feedback.sql_store import SqlFeedbackStore

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from perennial.flows.supervisor import Service, Supervisor
-from perennial.infra.errors import ConflictError, UnavailableError
+from perennial.infra.errors import UnavailableError
 
 SERVER = (
     "import http.server, sys; http.server.test(http.server.SimpleHTTPRequestHandler, "

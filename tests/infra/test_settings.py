@@ -27,7 +27,7 @@ def test_unknown_key_names_the_key_its_source_and_what_is_allowed() -> None:
     message = str(caught.value)
     assert "PERENNIAL_API__PROT" in message
     assert "'api.prot'" in message
-    assert "auth, host, max_per_s, max_per_s_subject, min_free_mb, port" in message
+    assert "access_log, auth, host, max_per_s, max_per_s_subject, min_free_mb, port" in message
 
 
 def test_wrong_type_in_the_file_names_file_and_key(tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ def test_bad_bodies_are_4xx_in_openai_shape_and_nothing_is_kept(rig, url):
 
 
 def test_a_caller_without_a_key_is_refused(engine):
-    def authenticate(token):
-        if token != "good":
+    async def authenticate(request):
+        if request.headers["authorization"] != "Bearer good":
             raise AuthError("no valid key")
         return "tenant-a"
 

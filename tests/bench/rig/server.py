@@ -10,12 +10,13 @@ import json
 import socket
 import sys
 
-import uvicorn
 from fastapi import FastAPI
 
 from perennial.feedback.admission import Admission, DiskWatermark, Rate, TokenBuckets
 from perennial.feedback.api import ApiDeps, create_app
 from perennial.feedback.committer import GroupCommitter, GroupLimits
+from perennial.feedback.connections import serve
+from perennial.feedback.key_cache import KeyCache
 from perennial.feedback.keys import KeyStore, Scope
 from perennial.feedback.redact import redact_for
 from perennial.feedback.sql_store import SqlFeedbackStore
@@ -33,7 +34,7 @@ def build(database: Database, *, max_group_rows: int) -> FastAPI:
         ApiDeps(
             store=store,
             committer=GroupCommitter(store.write, limits),
-            authenticate=KeyStore(database, utc_now).authenticate,
+            authenticate=KeyCache(KeyStore(database, utc_now).find, utc_now).authenticate,
             admission=Admission(
                 keys=TokenBuckets(_rate(settings.max_per_s)),
                 subjects=TokenBuckets(_rate(settings.max_per_s_subject)),
@@ -68,20 +69,11 @@ def main() -> int:
     args = parser.parse_args()
     upgrade(args.url)
     database = Database(args.url)
-    config = uvicorn.Config(
-        build(database, max_group_rows=args.max_group_rows),
-        loop="uvloop",
-        http="httptools",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=8,
-    )
+    app = build(database, max_group_rows=args.max_group_rows)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     print(json.dumps({"port": listener.getsockname()[1], "key": issue_key(database)}), flush=True)
     with database.as_only_ingest():
-        uvicorn.Server(config).run(sockets=[listener])
+        serve(app, listener)
     return 0
 
 

@@ -22,7 +22,7 @@ LINES = (
     Line(
         key="fsync_per_s",
         label="fsync of this disk",
-        text="{fsync_per_s:,.0f}/s, p50 {fsync_p50_ms:.1f} ms",
+        text="{fsync_per_s:,.0f}/s, p50 {fsync_p50_ms:.1f} ms, p99 {fsync_p99_ms:.0f} ms",
     ),
     Line(
         key="single_per_s",

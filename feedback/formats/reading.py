@@ -13,11 +13,11 @@ from typing import Annotated, BinaryIO, Literal
 import msgspec
 
 from perennial.feedback.bodies import KEY_PATTERN
-from perennial.feedback.chat import Json
-from perennial.feedback.import_langfuse import from_langfuse
-from perennial.feedback.import_lines import About, Lines
-from perennial.feedback.import_mlflow import from_mlflow
-from perennial.feedback.import_openai import from_openai_chat
+from perennial.feedback.formats.chat import Json
+from perennial.feedback.formats.langfuse import from_langfuse
+from perennial.feedback.formats.lines import About, Lines
+from perennial.feedback.formats.mlflow_export import from_mlflow
+from perennial.feedback.formats.openai_chat import from_openai_chat
 from perennial.infra.errors import InputError, TooLargeError
 
 MAX_LINE_BYTES = 8 << 20
@@ -104,8 +104,11 @@ def read_items(line: Line, reading: Reading) -> tuple[Item | InputError, ...]:
         return ()
     try:
         row = msgspec.json.decode(content)
-        about = About(task=reading.task, digest=_digest(row, reading.task), scale=reading.scale)
-        own = _reader(row, reading.format)(row, about)
+        format = _format_of(row, reading.format)
+        about = About(
+            task=reading.task, digest=_digest(row, format, reading.task), scale=reading.scale
+        )
+        own = _READERS[format](row, about)
         return tuple(_item(each, f"imp:{about.digest}:{i}") for i, each in enumerate(own))
     except msgspec.ValidationError as error:
         raise InputError(f"the line is not as its format says: {error}") from error
@@ -115,19 +118,20 @@ def read_items(line: Line, reading: Reading) -> tuple[Item | InputError, ...]:
         raise InputError("the line is nested too deeply") from error
 
 
-def _digest(row: object, task: str) -> str:
-    # In one spelling, so that spaces and the order of fields do not matter.
-    content = msgspec.json.encode([task, row], order="deterministic")
+def _digest(row: Json, format: Format, task: str) -> str:
+    # In one spelling, so that spaces and the order of fields do not matter. Our own lines name
+    # their task, so they stay the same whatever task is configured.
+    content = msgspec.json.encode(
+        row if format is Format.PERENNIAL else [task, row], order="deterministic"
+    )
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _reader(row: object, format: Format) -> Callable[[Json, About], Lines]:
+def _format_of(row: object, said: Format) -> Format:
     if not isinstance(row, dict):
         raise InputError("the line is not a JSON object")
-    return _READERS[_format_of(row) if format is Format.AUTO else format]
-
-
-def _format_of(row: Json) -> Format:
+    if said is not Format.AUTO:
+        return said
     for format, marks in _MARKS:
         if any(mark <= row.keys() for mark in marks):
             return format

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from perennial.feedback.chat import Json, answer_of, messages_of
-from perennial.feedback.import_lines import (
+from perennial.feedback.formats.chat import Json, answer_of, messages_of
+from perennial.feedback.formats.lines import (
     About,
     Lines,
     Verdict,

@@ -14,14 +14,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from perennial.feedback.chat import Json
-from perennial.feedback.records import ID_PATTERN, MAX_NAME_CHARS, SourceKind
+from perennial.feedback.formats.chat import Json
+from perennial.feedback.records import ID_PATTERN, IMPORTED, MAX_NAME_CHARS, SourceKind
 from perennial.infra.errors import InputError
 
 T = TypeVar("T")
-
-ROUTE_ROLE = "import"
-"""The route role of what was answered before it came to us."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +67,7 @@ def interaction_line(id: str, about: About, **fields: object) -> Json:
     """An interaction; fields that are None or empty are left out."""
     known = {name: value for name, value in fields.items() if value not in (None, "")}
     body = {"model_version": "unknown", "completion": "", **known}
-    return {"interaction": {"id": id, "task": about.task, "route_role": ROUTE_ROLE, **body}}
+    return {"interaction": {"id": id, "task": about.task, "route_role": IMPORTED, **body}}
 
 
 def feedback_lines(verdict: Verdict, signal: Json, comment: str | None = None) -> list[Json]:

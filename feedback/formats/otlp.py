@@ -22,8 +22,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from perennial.feedback.chat import Json, answer_of, messages_of, text_of
-from perennial.feedback.import_lines import (
+from perennial.feedback.formats.chat import Json, answer_of, messages_of, text_of
+from perennial.feedback.formats.lines import (
     About,
     Verdict,
     as_json,
@@ -32,7 +32,7 @@ from perennial.feedback.import_lines import (
     own_id,
     signal_of,
 )
-from perennial.infra.errors import InputError, TooLargeError
+from perennial.infra.errors import InputError, MalformedError, TooLargeError
 
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
@@ -74,7 +74,7 @@ def traces_to_items(content: bytes, content_type: str, *, task: str) -> Converte
     its idempotency key: an export that is sent again stores nothing twice.
 
     Raises:
-        InputError: the content is not an ExportTraceServiceRequest in that encoding.
+        MalformedError: the content is not an ExportTraceServiceRequest in that encoding.
     """
     interactions, feedback, rejected, warnings, num_ignored = [], [], [], [], 0
     for each in _spans(_parse(content, content_type), _is_json(content_type), task):
@@ -121,17 +121,17 @@ def gunzip(content: bytes, max_bytes: int) -> bytes:
 
     Raises:
         TooLargeError: it holds more than `max_bytes`; no more than that is ever unpacked.
-        InputError: it is not gzip.
+        MalformedError: it is not gzip.
     """
     unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:
         unpacked = unpacker.decompress(content, max_bytes + 1)
     except zlib.error as error:
-        raise InputError(f"the body is not gzip: {error}") from error
+        raise MalformedError(f"the body is not gzip: {error}") from error
     if len(unpacked) > max_bytes:
         raise TooLargeError(f"the body may hold at most {max_bytes} bytes", max_bytes=max_bytes)
     if not unpacker.eof:
-        raise InputError("the body is not gzip: it ends too early")
+        raise MalformedError("the body is not gzip: it ends too early")
     return unpacked
 
 
@@ -172,7 +172,7 @@ def _parse(content: bytes, content_type: str) -> ExportTraceServiceRequest:
         else:
             request.ParseFromString(content)
     except _NO_EXPORT as error:
-        raise InputError(f"the body is not an OTLP trace export: {error}") from error
+        raise MalformedError(f"the body is not an OTLP trace export: {error}") from error
     return request
 
 
