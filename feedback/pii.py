@@ -51,7 +51,7 @@ def _found(text: str) -> Iterator[Span]:
     if "@" in text:
         yield from _hits(_EMAIL, text, _email)
     has_digit = any(digit in text for digit in "1203456789")
-    if has_digit or "_" in text:  # as every secret has
+    if has_digit or "_" in text:  # a secret has one of them
         yield from _secrets(text)
     if has_digit:
         yield from _numbers(text)
@@ -71,7 +71,7 @@ def _numbers(text: str) -> Iterator[Span]:
         yield from _hits(_IPV6, text, _ipv6)
     number = None
     for number in _NUMBER.finditer(text):
-        # Two more, so that a pattern sees what follows the number.
+        # Two characters more, so that a pattern sees what follows the number.
         start, end = number.start(), number.end() + 2
         if text.count(".", start, end) >= 3:
             yield from _hits(_IPV4, text, _ipv4, start, end)
@@ -294,8 +294,9 @@ _PHONE = re.compile(
       | (?<![0-9\]][ ])(?:1[ ])?[2-9][0-9]{{2}}[ ][0-9]{{3}}[ ][0-9]{{4}}        # 555 123 4567,
             (?![ ][0-9\[])                                                     # in no row of others
       | \(0[1-9][0-9]{{0,3}}\)(?:[ /\-]{{0,3}}[0-9]){{5,8}} (?<![ /\-][0-9])     # (020) 7946 0958
-      | (?!{_DATE}) 0[1-9](?:[ /\-]{{0,3}}[0-9]){{7,9}} (?<![ /\-][0-9])         # 030 / 123 4567
-      | 0[1-9](?:\.[0-9]{{2}}){{4}}                                             # 06.12.34.56.78
+      | (?!{_DATE}) 0[1-9](?=[0-9 /\-]{{0,12}}[0-9]{{3}})                        # 030 / 123 4567
+            (?:[ /\-]{{0,3}}[0-9]){{7,9}} (?<![ /\-][0-9])
+      | (?<![0-9\]][ ]) 0[1-9](?:[ .\-][0-9]{{2}}){{4}} (?![ ][0-9\[])           # 06 12 34 56 78
     )
     {_PHONE_END}
     """,
@@ -314,8 +315,8 @@ _OTHER_WORDS = re.compile(
     "|v|ver|version|release|build|section|chapter|article"
 )
 _FILLERS = re.compile("number|no|nr|is|at|on|me|us|him|her|them|my|our|or|to|the|back")
-_BETWEEN_WORDS = " \t\n:#(+/\"'{.,=-"
-_WORD = re.compile(r"[^\s:#(+/\"'{]++")
+_BETWEEN_WORDS = " \t\n_:#(+/\"'{.,=-"
+_WORD = re.compile(r"[^\s_:#(+/\"'{]++")
 
 
 def _phone(match: re.Match[str]) -> Span | None:
@@ -326,7 +327,7 @@ def _phone(match: re.Match[str]) -> Span | None:
 
 
 def _is_introduced(match: re.Match[str], words: re.Pattern[str]) -> bool:
-    """Whether one of `words` stands before the match, as in "call me at", fillers apart."""
+    """Whether one of `words` stands before the match, fillers apart: "call me at"."""
     before = match.string[max(0, match.start() - 40) : match.start()].rstrip(_BETWEEN_WORDS)
     if not before[-1:].isalpha():  # most often another number
         return False
