@@ -72,6 +72,9 @@ class ApiDeps:
 def create_app(deps: ApiDeps) -> FastAPI:
     """The app, ready to be served."""
     metrics = Metrics()
+    load = deps.committer.load
+    metrics.watch("perennial_write_queue_rows", "Wait for a commit", lambda: load().num_rows)
+    metrics.watch("perennial_write_queue_bytes", "Wait for a commit", lambda: load().num_bytes)
     intake = Intake(
         committer=deps.committer,
         authenticate=deps.authenticate,

@@ -3,9 +3,9 @@
 Labels are route templates and codes, never what a client chose, so their number is bounded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from perennial.feedback.store import Stored
 
@@ -53,6 +53,10 @@ class Metrics:
         counter, histogram = found
         counter.inc()
         histogram.observe(seconds)
+
+    def watch(self, name: str, meaning: str, read: Callable[[], float]) -> None:
+        """Show what `read` says whenever somebody looks."""
+        Gauge(name, meaning, registry=self.registry).set_function(read)
 
     def count_redacted(self, counts: Mapping[str, int]) -> None:
         """What was taken out of one record, by class."""

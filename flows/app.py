@@ -20,6 +20,7 @@ from perennial.feedback.committer import GroupCommitter
 from perennial.feedback.connections import serve
 from perennial.feedback.key_cache import KeyCache
 from perennial.feedback.keys import Authenticate, KeyStore, Scope, open_access
+from perennial.feedback.metrics import Metrics
 from perennial.feedback.middleware import access_log
 from perennial.feedback.rows import submission_of
 from perennial.feedback.sql_store import SqlFeedbackStore
@@ -138,6 +139,8 @@ def compose(settings: Settings, database: Database, engine: OwnEngine) -> FastAP
             lifespan=lifespan,
         )
     )
+    metrics: Metrics = app.state.metrics
+    metrics.watch("perennial_wal_bytes", "Size of SQLite's log", lambda: database.wal_bytes)
     app.router.routes.extend(gateway.routes())
     return app
 

@@ -136,6 +136,12 @@ class Database:
                     ) from error
             yield
 
+    @property
+    def wal_bytes(self) -> int:
+        """The size of SQLite's log; it grows while a reader that never ends stops checkpoints."""
+        wal = self.file and self.file.with_name(f"{self.file.name}-wal")
+        return wal.stat().st_size if wal and wal.exists() else 0
+
     def dispose(self) -> None:
         """Close pooled connections."""
         self.engine.dispose()

@@ -322,6 +322,7 @@ def test_metrics_count_what_was_stored_once(client: TestClient) -> None:
 
     assert 'perennial_feedback_stored_total{kind="binary",status="pending"} 2.0' in text
     assert "perennial_interactions_stored_total 1.0" in text
+    assert "perennial_write_queue_rows 0.0" in text
     route = 'route="/v1/interactions/{id}"'
     assert f'perennial_http_requests_total{{method="GET",{route},status="404"}} 2.0' in text
     assert 'method="any",route="unmatched",status="404"' in text
