@@ -307,17 +307,24 @@ _PHONE = re.compile(
 _CALLED = re.compile(
     rf"{_START} (?!{_DATE}) \(?[0-9](?:[ ().\-/]{{0,2}}[0-9]){{6,14}} {_PHONE_END}", re.VERBOSE
 )
-_PHONE_WORDS = re.compile(
+
+
+def _words(words: str) -> re.Pattern[str]:
+    """One of `words`, or some joined: phone_number, tel./fax."""
+    return re.compile(rf"(?:{words})(?:[_./]{{1,2}}(?:{words}|number|no)){{0,2}}")
+
+
+_PHONE_WORDS = _words(
     "phone|telephone|tel|mobile|cell|cellphone|call|dial|ring|fax|sms|whatsapp|telegram"
     "|telefon|mobil|handy|téléphone|portable|teléfono|móvil|celular|telefone"
 )
-_OTHER_WORDS = re.compile(
+_OTHER_WORDS = _words(
     "order|invoice|ticket|case|ref|reference|id|sku|part|serial|isbn|issn|doi|tracking"
     "|v|ver|version|release|build|section|chapter|article"
 )
 _FILLERS = re.compile("number|no|nr|is|at|on|me|us|him|her|them|my|our|or|to|the|back")
-_BETWEEN_WORDS = " \t\n_:#(+/\"'{.,=-"
-_WORD = re.compile(r"[^\s_:#(+/\"'{]++")
+_BETWEEN_WORDS = " \t\n:#(\"'{.,=-"
+_WORD = re.compile(r"[^\s:#(\"'{]++")  # a key is one word, whatever it ends with
 
 
 def _phone(match: re.Match[str]) -> Span | None:

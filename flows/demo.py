@@ -150,6 +150,7 @@ def _prepare(home: Path, seed: int) -> Settings:
             "PERENNIAL_API__PORT": str(api),
             "PERENNIAL_MLFLOW__PORT": str(mlflow),
             "PERENNIAL_PREFECT__PORT": str(prefect),
+            "PERENNIAL_MODEL__MAX_BATCH": "16",
             "PERENNIAL_CHECK__EVERY_S": "86400",
             "PERENNIAL_CHECK__COOLDOWN_S": "0",
             "PERENNIAL_APPROVAL__WAIT_S": "600",

@@ -10,7 +10,7 @@ import httpx
 
 from perennial.flows.demo_desk import Fact, is_right, is_stale
 
-_CLIENTS = 8
+_CLIENTS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
