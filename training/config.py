@@ -38,7 +38,7 @@ class TrainConfig:
     final_lr_share: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    epochs: int = 9  # passes over the new rows
+    epochs: int = 10  # passes over the new rows
     batch_tokens: int = 512  # trained tokens of one step
     max_len: int = 512  # a longer row is refused
     replay_share: float = 0.35  # of all tokens of an epoch
