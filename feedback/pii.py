@@ -62,7 +62,8 @@ def _secrets(text: str) -> Iterator[Span]:
         yield from _hits(_JWT, text, _jwt)
     if "earer " in text or "uthorization" in text:
         yield from _hits(_BEARER, text, _key)
-    if any(prefix in text for prefix in (_KEYS if "_" in text else _KEYS_WITHOUT_UNDERSCORE)):
+    # One character is found ten times as fast as several: most texts have no "_" or "-".
+    if any(prefix[-1] in text and prefix in text for prefix in _KEYS):
         yield from _hits(_KEY, text, _key)
 
 
@@ -141,7 +142,6 @@ _KEYS = {
     "SG.": r"[\w-]{16,}+\.[\w-]{16,}+",  # SendGrid
     "pnl_": r"[\w-]{20,}+",  # Perennial
 }
-_KEYS_WITHOUT_UNDERSCORE = tuple(prefix for prefix in _KEYS if "_" not in prefix)
 _KEY = re.compile(
     rf"{_START}(?<!-)(?:{'|'.join(re.escape(k) + v for k, v in _KEYS.items())})", re.ASCII
 )
