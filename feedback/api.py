@@ -63,6 +63,7 @@ class ApiDeps:
     authenticate: Authenticate
     admission: Admission = field(default_factory=open_admission)
     redact: Redact = redact_nothing
+    metrics: Metrics = field(default_factory=Metrics)
     clock: Clock = utc_now
     task: str = "assistant"
     allowed_hosts: tuple[str, ...] = ()
@@ -71,7 +72,7 @@ class ApiDeps:
 
 def create_app(deps: ApiDeps) -> FastAPI:
     """The app, ready to be served."""
-    metrics = Metrics()
+    metrics = deps.metrics
     load = deps.committer.load
     metrics.watch("perennial_write_queue_rows", "Wait for a commit", lambda: load().num_rows)
     metrics.watch("perennial_write_queue_bytes", "Wait for a commit", lambda: load().num_bytes)

@@ -42,6 +42,9 @@ class Waiting:
 class GroupRows(Protocol):
     """The statements that a group needs, in the transaction that is open."""
 
+    def latest(self) -> datetime | None:
+        """When the last row was received."""
+
     def known_by_id(self, table: Table, pairs: Sequence[Pair]) -> Mapping[Pair, Known]:
         """Those of `pairs` (tenant, id) that are there."""
 

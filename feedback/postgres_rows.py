@@ -14,6 +14,11 @@ from perennial.feedback.rows import FEEDBACK_COLUMNS, INTERACTION_COLUMNS, Row
 from perennial.feedback.store import About
 from perennial.feedback.tables import FeedbackRow, InteractionRow
 
+_LATEST = """
+SELECT greatest(
+  (SELECT received_at FROM interactions ORDER BY seq DESC LIMIT 1),
+  (SELECT received_at FROM feedback ORDER BY seq DESC LIMIT 1))
+"""
 _KNOWN = """
 SELECT t.tenant, t.{column}, t.id, t.payload_sha256, {status}
 FROM unnest(%s::text[], %s::text[]) AS wanted(tenant, value)
@@ -49,6 +54,14 @@ class PostgresRows:
     def __init__(self, cursor: DBAPICursor) -> None:
         """The cursor's transaction is the caller's."""
         self._cursor = cursor
+
+    def latest(self) -> datetime | None:
+        """When the last row was received."""
+        self._cursor.execute(_LATEST)
+        row = self._cursor.fetchone()
+        assert row is not None  # a SELECT without FROM gives one row
+        found: datetime | None = row[0]
+        return found
 
     def known_by_id(self, table: Table, pairs: Sequence[Pair]) -> Mapping[Pair, Known]:
         """Those of `pairs` (tenant, id) that are there."""

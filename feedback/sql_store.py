@@ -10,7 +10,7 @@ look-up-then-insert safe; the unique constraints stand behind it. What a group o
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import CursorResult, Result, Select, and_, func, or_, select, text, update
@@ -31,6 +31,7 @@ from perennial.infra.errors import InputError, NotFoundError
 # A writer that hangs must cost the others a 503, not their threads.
 _TAKE_TURN = f"SET LOCAL lock_timeout = '10s'; SELECT pg_advisory_xact_lock({0x706E6C_01})"
 _JOIN_BATCH = 500
+_TICK = timedelta(microseconds=1)
 # No task: an empty row falls into no window, and into no training set.
 _EMPTY_INTERACTION: dict[str, Any] = {
     **dict.fromkeys(("subject", "session", "trace_id", "finish_reason", "occurred_at")),
@@ -57,8 +58,7 @@ class SqlFeedbackStore:
         try:
             with self._database.write_cursor() as cursor:
                 rows = self._rows(cursor)
-                # The clock is read while the turn is held: it grows as rows become visible.
-                return write_group(rows, submissions, self._clock())
+                return write_group(rows, submissions, self._now(rows))
         except self._refusals as error:
             raise InputError(f"the database refuses a row: {error}") from error
 
@@ -179,8 +179,8 @@ class SqlFeedbackStore:
 
     def horizon(self) -> datetime:
         """Now, once every writer that began earlier has committed."""
-        with self._write():
-            return self._clock()
+        with self._database.write_cursor() as cursor:
+            return self._now(self._rows(cursor))
 
     def erase_subject(self, tenant: str, subject: str) -> int:
         """Empty the interactions of `subject`, what was said of them, and what it said itself."""
@@ -201,6 +201,14 @@ class SqlFeedbackStore:
         """Raises UnavailableError when the tables cannot be read."""
         with self._database.read() as session:
             session.execute(select(InteractionRow.seq).limit(1))
+
+    def _now(self, rows: GroupRows) -> datetime:
+        """The clock, read while the turn is held, and later than every row.
+
+        So time grows as rows become visible, also when the clock is set back.
+        """
+        latest = rows.latest()
+        return self._clock() if latest is None else max(self._clock(), latest + _TICK)
 
     @contextmanager
     def _write(self) -> Iterator[Session]:

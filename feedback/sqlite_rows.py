@@ -5,7 +5,7 @@ win it back, so a step for each row would cost more than the row.
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,11 @@ from perennial.feedback.store import About
 
 _MAX_ROWS = 256  # of one INSERT: 32,766 parameters are allowed
 
+_LATEST = """
+SELECT max(
+  coalesce((SELECT received_at FROM interactions ORDER BY seq DESC LIMIT 1), ''),
+  coalesce((SELECT received_at FROM feedback ORDER BY seq DESC LIMIT 1), ''))
+"""
 _KNOWN = """
 SELECT json_group_array(json_array(t.tenant, t.{column}, t.id, t.payload_sha256, {status}))
 FROM json_each(?) AS wanted CROSS JOIN {table} AS t
@@ -52,6 +57,13 @@ class SqliteRows:
     def __init__(self, cursor: DBAPICursor) -> None:
         """The cursor's transaction is the caller's."""
         self._cursor = cursor
+
+    def latest(self) -> datetime | None:
+        """When the last row was received."""
+        self._cursor.execute(_LATEST)
+        row = self._cursor.fetchone()
+        assert row is not None  # an aggregate gives one row
+        return datetime.fromisoformat(row[0]).replace(tzinfo=UTC) if row[0] else None
 
     def known_by_id(self, table: Table, pairs: Sequence[Pair]) -> Mapping[Pair, Known]:
         """Those of `pairs` (tenant, id) that are there."""

@@ -22,11 +22,13 @@ from perennial.feedback.key_cache import KeyCache
 from perennial.feedback.keys import Authenticate, KeyStore, Scope, open_access
 from perennial.feedback.metrics import Metrics
 from perennial.feedback.middleware import access_log
+from perennial.feedback.records import Interaction
+from perennial.feedback.redact import Redact
 from perennial.feedback.rows import submission_of
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.feedback.store import Stored
 from perennial.flows.doctor import is_loopback
-from perennial.flows.mapping import to_interaction
+from perennial.flows.mapping import to_interaction, with_texts_of
 from perennial.flows.wiring import choose_redaction
 from perennial.infra.clock import utc_now
 from perennial.infra.db import Database
@@ -37,7 +39,13 @@ from perennial.registry.champion import ChampionStore
 from perennial.serving.embedded import create_embedded_engine
 from perennial.serving.engine import BASE, AdapterRef, Engine
 from perennial.serving.gateway import GatewayDeps, create_gateway
-from perennial.serving.recorder import RecordedAnswer, SpoolingRecorder
+from perennial.serving.recorder import (
+    Outcome,
+    RecordedAnswer,
+    Recorder,
+    RecorderHealth,
+    SpoolingRecorder,
+)
 from perennial.serving.scheduler import Limits
 from perennial.training.modelfiles import ensure_base_model
 
@@ -101,12 +109,14 @@ def compose(settings: Settings, database: Database, engine: OwnEngine) -> FastAP
     redact = choose_redaction(settings.redaction)
 
     def sink(answer: RecordedAnswer) -> None:
-        item = redact(to_interaction(answer)).record
-        (outcome,) = committer.submit((submission_of(item),))
+        (outcome,) = committer.submit((submission_of(to_interaction(answer)),))
         if not isinstance(outcome, Stored):
             raise outcome
 
-    recorder = SpoolingRecorder(sink, settings.home / "spool")
+    metrics = Metrics()
+    metrics.watch("perennial_wal_bytes", "Size of SQLite's log", lambda: database.wal_bytes)
+    spool = SpoolingRecorder(sink, settings.home / "spool")
+    recorder = _Redacting(spool, redact, metrics)
     gateway = create_gateway(
         GatewayDeps(
             engine=engine,
@@ -121,7 +131,7 @@ def compose(settings: Settings, database: Database, engine: OwnEngine) -> FastAP
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with gateway.running():
             yield
-        recorder.close()
+        spool.close()
         engine.close()
         committer.close()
         database.dispose()
@@ -133,14 +143,13 @@ def compose(settings: Settings, database: Database, engine: OwnEngine) -> FastAP
             authenticate=authenticate,
             admission=_admission(settings.api, database),
             redact=redact,
+            metrics=metrics,
             task=settings.task,
             # A web page must not reach an open API by giving our address to a name of its own.
             allowed_hosts=() if settings.api.auth == "keys" else (*_LOCAL_NAMES, settings.api.host),
             lifespan=lifespan,
         )
     )
-    metrics: Metrics = app.state.metrics
-    metrics.watch("perennial_wal_bytes", "Size of SQLite's log", lambda: database.wal_bytes)
     app.router.routes.extend(gateway.routes())
     return app
 
@@ -160,6 +169,26 @@ def _watermark(file: Path, min_free_mb: int) -> DiskWatermark:
 def _rate(per_s: float) -> Rate:
     """A rate with five seconds of it saved up: users come in bursts."""
     return Rate(per_s=per_s, burst=5 * per_s)
+
+
+class _Redacting:
+    """A recorder that never sees what must not be written: its spool is a disk too."""
+
+    def __init__(self, recorder: Recorder, redact: Redact, metrics: Metrics) -> None:
+        self._recorder = recorder
+        self._redact = redact
+        self._metrics = metrics
+
+    def record(self, answer: RecordedAnswer) -> Outcome:
+        """Keep what is left of `answer`."""
+        redacted = self._redact(to_interaction(answer))
+        self._metrics.count_redacted(redacted.counts)
+        assert isinstance(redacted.record, Interaction)  # what went in
+        return self._recorder.record(with_texts_of(answer, redacted.record))
+
+    def health(self) -> RecorderHealth:
+        """The recorder's."""
+        return self._recorder.health()
 
 
 class _Champions:

@@ -1,6 +1,7 @@
 """One component's values become another's here, and nowhere else. Pure."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Literal
 
@@ -82,6 +83,21 @@ def to_interaction(answer: RecordedAnswer) -> Interaction:
         latency_ms=answer.latency_ms,
         finish_reason=answer.finish_reason,
         tags=answer.tags,
+    )
+
+
+def with_texts_of(answer: RecordedAnswer, item: Interaction) -> RecordedAnswer:
+    """`answer` with the texts and names of `item`, which was made of it and redacted."""
+    return replace(
+        answer,
+        messages=tuple(
+            replace(old, content=new.content)
+            for old, new in zip(answer.messages, item.messages, strict=True)
+        ),
+        completion=item.completion,
+        subject=item.subject,
+        session=item.session,
+        tags=item.tags,
     )
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from perennial.feedback.redact import Redact, redact_for, redact_nothing
+from perennial.feedback.redact import Redact, presidio_redactor, redact, redact_for, redact_nothing
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.feedback.store import FeedbackStore
 from perennial.infra.clock import Clock, utc_now
@@ -66,7 +66,10 @@ def connect(settings: Settings | None = None) -> Iterator[Deps]:
 
 def choose_redaction(redaction: RedactionSettings) -> Redact:
     """What is done to every record before it is written."""
-    return redact_for(frozenset(redaction.off_for)) if redaction.enabled else redact_nothing
+    if not redaction.enabled:
+        return redact_nothing
+    redactor = presidio_redactor() if redaction.engine == "presidio" else redact
+    return redact_for(frozenset(redaction.off_for), redactor)
 
 
 def make_deps(settings: Settings, database: Database, clock: Clock) -> Deps:

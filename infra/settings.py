@@ -53,6 +53,9 @@ class RedactionSettings(_Section):
     enabled: bool = Field(
         True, description="Replace e-mails, numbers of cards, keys and the like by their class."
     )
+    engine: Literal["builtin", "presidio"] = Field(
+        "builtin", description="`presidio` adds national and medical numbers; needs the extra."
+    )
     off_for: list[str] = Field(
         default_factory=list, description="Tenants whose texts are kept as they came."
     )

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from perennial.infra.clock import new_id
-from perennial.infra.errors import ConflictError, InputError, TooLargeError
+from perennial.infra.errors import InputError, TooLargeError, UnavailableError
 from perennial.serving.engine import ChatMessage
 from perennial.serving.recorder import Outcome, RecordedAnswer, SpoolingRecorder
 from perennial.serving.spool import Spool, read_segment
@@ -124,7 +124,7 @@ def test_a_record_that_the_store_refuses_does_not_hold_up_the_others(opened, sin
 
 def test_a_second_process_on_the_spool_is_refused(opened, sink, tmp_path):
     opened()
-    with pytest.raises(ConflictError):
+    with pytest.raises(UnavailableError, match="held by another"):
         SpoolingRecorder(sink, tmp_path / "spool")
 
 
