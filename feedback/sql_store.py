@@ -28,8 +28,8 @@ from perennial.infra.clock import Clock
 from perennial.infra.db import Database
 from perennial.infra.errors import InputError, NotFoundError
 
-# A writer that hangs must cost the others a 503, not their threads. And the plan of a statement that
-# was prepared while a table was empty reads all of it ever after, unless only an index will do.
+# A writer that hangs must cost the others a 503, not their threads. And the plan of a statement
+# prepared while a table was empty reads all of it ever after, unless only an index will do.
 _TAKE_TURN = f"""
 SET LOCAL lock_timeout = '10s'; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;
 SET LOCAL enable_mergejoin = off; SELECT pg_advisory_xact_lock({0x706E6C_01})
