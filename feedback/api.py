@@ -47,7 +47,7 @@ from perennial.feedback.replies import (
 from perennial.feedback.store import FeedbackStore
 from perennial.feedback.traces import trace_routes
 from perennial.infra.clock import Clock, utc_now
-from perennial.infra.errors import UnavailableError
+from perennial.infra.errors import InputError, UnavailableError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +141,12 @@ def _metrics(request: Request) -> Metrics:
     return metrics
 
 
+def _once_each(request: Request) -> None:
+    """Refuse a parameter given twice, of which one would be ignored in silence."""
+    if len(request.query_params.multi_items()) > len(request.query_params):
+        raise InputError("a query parameter may be given once")
+
+
 def _needs(scope: Scope) -> Callable[..., Awaitable[Principal]]:
     async def caller(
         request: Request,
@@ -172,7 +178,7 @@ def get_feedback(caller: Reader, deps: Deps, id: PathId) -> FeedbackReply:
     return FeedbackReply.of(deps.store.get_feedback(caller.tenant, id))
 
 
-@_router.get("/v1/interactions")
+@_router.get("/v1/interactions", dependencies=[Depends(_once_each)])
 def list_interactions(
     caller: Reader, deps: Deps, query: Annotated[TaskPageQuery, Query()]
 ) -> InteractionPage:
@@ -182,7 +188,7 @@ def list_interactions(
     return InteractionPage(items=items, next_after=page.next_after)
 
 
-@_router.get("/v1/feedback")
+@_router.get("/v1/feedback", dependencies=[Depends(_once_each)])
 def list_feedback(caller: Reader, deps: Deps, query: Annotated[PageQuery, Query()]) -> FeedbackPage:
     """Feedback in the order they became visible."""
     page = deps.store.list_feedback(caller.tenant, query.after, query.limit)

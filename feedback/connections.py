@@ -5,7 +5,9 @@ what is too much without saying when to come back. The size of bodies is left to
 """
 
 import asyncio
+import signal
 import socket
+import sys
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -34,7 +36,11 @@ def serve(app: ASGIApp, listener: socket.socket) -> None:
         timeout_graceful_shutdown=8,
         timeout_keep_alive=75,  # above that of common load balancers
     )
-    uvicorn.Server(config).run(sockets=[listener.dup() for _ in range(_NUM_LISTENERS)])
+    sockets = [listener.dup() for _ in range(_NUM_LISTENERS)]
+    listener.close()  # else the kernel lets clients in while the rest drains, and cuts them off
+    # uvicorn raises the signal again when it has drained: a stop that was asked for is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    uvicorn.Server(config).run(sockets=sockets)
 
 
 class BoundedHttp(HttpToolsProtocol):
