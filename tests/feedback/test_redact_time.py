@@ -69,11 +69,14 @@ def cpu_s(text: str) -> float:
 
 
 def check_linear(piece: str, num_chars: int) -> None:
-    """Sixteen times the length takes sixteen times as long; 256 times were it quadratic."""
+    """Sixteen times the length takes sixteen times as long; 256 times were it quadratic.
+
+    One try of five is enough: a busy machine makes a run slower, never faster.
+    """
     long = (piece * (num_chars // len(piece) + 1))[:num_chars]
     short = long[: num_chars // 16]
 
-    assert cpu_s(long) < 64 * min(cpu_s(short), cpu_s(short)) + 0.1
+    assert any(cpu_s(long) < 64 * cpu_s(short) + 0.1 for _ in range(5))
 
 
 @pytest.mark.parametrize("piece", PIECES)
