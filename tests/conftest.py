@@ -1,6 +1,11 @@
-"""Options of a test run."""
+"""Options of a test run, and what holds for every generated case."""
 
 import pytest
+from hypothesis import settings
+
+# A case may be slow because the machine is busy; what takes for ever meets the test's own limit.
+settings.register_profile("perennial", deadline=None)
+settings.load_profile("perennial")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
