@@ -34,12 +34,10 @@ class GroupLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What waits for a commit now, and what was committed since the start."""
+    """What waits for a commit now."""
 
     num_rows: int
     num_bytes: int
-    num_groups: int
-    num_committed: int
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -64,8 +62,6 @@ class GroupCommitter:
         self._limits = limits or GroupLimits()
         self._queue: deque[_Waiting] = deque()
         self._num_bytes = 0
-        self._num_groups = 0
-        self._num_committed = 0
         self._has_work = threading.Condition()
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -97,12 +93,7 @@ class GroupCommitter:
 
     def load(self) -> Load:
         """How full the queue is."""
-        return Load(
-            num_rows=len(self._queue),
-            num_bytes=self._num_bytes,
-            num_groups=self._num_groups,
-            num_committed=self._num_committed,
-        )
+        return Load(num_rows=len(self._queue), num_bytes=self._num_bytes)
 
     @property
     def is_full(self) -> bool:
@@ -172,7 +163,7 @@ class GroupCommitter:
     def _commit(self, group: Sequence[Submission]) -> Iterable[Outcome]:
         """One outcome each. A row that the database refuses is found by halving and fails alone."""
         try:
-            outcomes = self._write(group)
+            return self._write(group)
         except UnavailableError as error:
             log.error("group not committed rows=%d error=%s", len(group), error)
             return [error] * len(group)
@@ -181,9 +172,6 @@ class GroupCommitter:
                 return [error]
             half = len(group) // 2
             return [*self._commit(group[:half]), *self._commit(group[half:])]
-        self._num_groups += 1
-        self._num_committed += len(group)
-        return outcomes
 
     def _answer(self, group: Sequence[_Waiting], outcomes: Iterable[Outcome]) -> None:
         """Resolve every request that is complete, with one wake-up for each event loop."""

@@ -1,7 +1,7 @@
 """The routes that write, in front of all that a framework does for a route.
 
-Middleware, routing and dependency machinery take longer than to parse and check an event: a third
-of the server's time at full load. Every other request goes on to the app.
+Middleware, routing and dependency machinery take longer than to parse and check an event. Every
+other request goes on to the app.
 """
 
 from collections.abc import Sequence

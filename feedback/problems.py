@@ -56,7 +56,6 @@ _MAX_REASON_CHARS = 200
 _MAX_FIELDS = 20
 # pydantic's own words for these repeat what was sent.
 _OWN_REASONS = {
-    "union_tag_invalid": "the kind is not one of those documented",
     "extra_forbidden": "this field is not known",
 }
 

@@ -1,7 +1,7 @@
 """Interactions and feedback as values.
 
 Pure: every rule that a record must obey, whoever made it, is checked here on construction. What a
-JSON body looks like is left to `schemas`, how a record is stored to `sql_store`.
+JSON body looks like is left to `bodies`, how a record is stored to `sql_store`.
 """
 
 import math

@@ -64,7 +64,8 @@ class SqlFeedbackStore:
                 rows = self._rows(cursor)
                 return write_group(rows, submissions, self._now(rows))
         except self._refusals as error:
-            raise InputError(f"the database refuses a row: {error}") from error
+            # The driver's own words may repeat the row: they are kept from the answer.
+            raise InputError("the database refuses a row") from error
 
     def get_interaction(self, tenant: str, id: str) -> Interaction:
         """The interaction `id` of `tenant`."""
