@@ -42,8 +42,8 @@ class Waiting:
 class GroupRows(Protocol):
     """The statements that a group needs, in the transaction that is open."""
 
-    def latest(self) -> datetime | None:
-        """When the last row was received."""
+    def begin(self) -> datetime | None:
+        """Take the writers' turn; when the last row was received."""
 
     def known_by_id(self, table: Table, pairs: Sequence[Pair]) -> Mapping[Pair, Known]:
         """Those of `pairs` (tenant, id) that are there."""
@@ -85,16 +85,16 @@ def _store(
     rows: GroupRows, table: Table, part: Mapping[int, Submission], now: datetime
 ) -> dict[int, Outcome]:
     backwards = list(reversed(list(part.items())))
-    first_of_id = {(s.item.tenant, s.item.id): i for i, s in backwards}
+    first_of_id = {(s.item.tenant, s.item.id): i for i, s in backwards if not s.is_new_id}
     first_of_key = {(s.item.tenant, s.key): i for i, s in backwards if s.key}
-    known_ids = rows.known_by_id(table, list(first_of_id))
+    known_ids = rows.known_by_id(table, list(first_of_id)) if first_of_id else {}
     known_keys = rows.known_by_key(table, list(first_of_key)) if first_of_key else {}
     new: dict[int, Submission] = {}
     twins: dict[int, int] = {}
     outcomes: dict[int, Outcome] = {}
     for index, each in part.items():
         id, key = (each.item.tenant, each.item.id), (each.item.tenant, each.key or "")
-        first = min(first_of_key.get(key, index), first_of_id[id])
+        first = min(first_of_key.get(key, index), first_of_id.get(id, index))
         known = known_keys.get(key) or known_ids.get(id)
         if known is not None:
             outcomes[index] = _again(known, each, is_by_key=key in known_keys)

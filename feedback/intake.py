@@ -158,7 +158,13 @@ def _submission(
     redacted = intake.redact(sent)
     intake.metrics.count_redacted(redacted.counts)
     digest = payload_sha256(redacted.record, body.id)
-    return Submission(item=redacted.record, payload_sha256=digest, key=key, num_bytes=num_bytes)
+    return Submission(
+        item=redacted.record,
+        payload_sha256=digest,
+        key=key,
+        num_bytes=num_bytes,
+        is_new_id=body.id is None,
+    )
 
 
 def _count(metrics: Metrics, submission: Submission, stored: Stored) -> None:

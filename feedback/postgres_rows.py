@@ -14,7 +14,10 @@ from perennial.feedback.rows import FEEDBACK_COLUMNS, INTERACTION_COLUMNS, Row
 from perennial.feedback.store import About
 from perennial.feedback.tables import FeedbackRow, InteractionRow
 
-_LATEST = """
+# A writer that hangs must cost the others a 503, not their threads.
+_BEGIN = f"""
+SET LOCAL lock_timeout = '10s';
+SELECT pg_advisory_xact_lock({0x706E6C_01});
 SELECT greatest(
   (SELECT received_at FROM interactions ORDER BY seq DESC LIMIT 1),
   (SELECT received_at FROM feedback ORDER BY seq DESC LIMIT 1))
@@ -55,9 +58,11 @@ class PostgresRows:
         """The cursor's transaction is the caller's."""
         self._cursor = cursor
 
-    def latest(self) -> datetime | None:
-        """When the last row was received."""
-        self._cursor.execute(_LATEST)
+    def begin(self) -> datetime | None:
+        """Take the writers' turn, in one round trip; when the last row was received."""
+        self._cursor.execute(_BEGIN)
+        while self._cursor.nextset():
+            pass
         row = self._cursor.fetchone()
         assert row is not None  # a SELECT without FROM gives one row
         found: datetime | None = row[0]

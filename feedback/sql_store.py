@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import CursorResult, Result, Select, and_, func, or_, select, text, update
+from sqlalchemy import CursorResult, Result, Select, and_, func, or_, select, update
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.orm import Session
 
@@ -28,12 +28,6 @@ from perennial.infra.clock import Clock
 from perennial.infra.db import Database
 from perennial.infra.errors import InputError, NotFoundError
 
-# A writer that hangs must cost the others a 503, not their threads. And the plan of a statement
-# prepared while a table was empty reads all of it ever after, unless only an index will do.
-_TAKE_TURN = f"""
-SET LOCAL lock_timeout = '10s'; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;
-SET LOCAL enable_mergejoin = off; SELECT pg_advisory_xact_lock({0x706E6C_01})
-"""
 _JOIN_BATCH = 500
 _TICK = timedelta(microseconds=1)
 # No task: an empty row falls into no window, and into no training set.
@@ -62,7 +56,7 @@ class SqlFeedbackStore:
         try:
             with self._database.write_cursor() as cursor:
                 rows = self._rows(cursor)
-                return write_group(rows, submissions, self._now(rows))
+                return write_group(rows, submissions, self._begin(rows))
         except self._refusals as error:
             # The driver's own words may repeat the row: they are kept from the answer.
             raise InputError("the database refuses a row") from error
@@ -174,8 +168,7 @@ class SqlFeedbackStore:
                 .filter_by(status="pending", erased_at=None)
                 .where(FeedbackRow.seq > after)
             )
-            with self._write() as session:
-                now = self._clock()
+            with self._write() as (session, now):
                 rows = session.scalars(query.order_by(FeedbackRow.seq).limit(_JOIN_BATCH)).all()
                 num_joined += sum(_join(session, row, now) for row in rows)
             if not rows:
@@ -185,14 +178,13 @@ class SqlFeedbackStore:
     def horizon(self) -> datetime:
         """Now, once every writer that began earlier has committed."""
         with self._database.write_cursor() as cursor:
-            return self._now(self._rows(cursor))
+            return self._begin(self._rows(cursor))
 
     def erase_subject(self, tenant: str, subject: str) -> int:
         """Empty the interactions of `subject`, what was said of them, and what it said itself."""
         about = select(InteractionRow.id).filter_by(tenant=tenant, subject=subject)
         of_subject = FeedbackRow.subject == subject
-        with self._write() as session:
-            now = self._clock()
+        with self._write() as (session, now):
             said = or_(of_subject, FeedbackRow.interaction_id.in_(about))
             feedback = update(FeedbackRow).where(FeedbackRow.tenant == tenant, said)
             # First what hangs on the interactions, while they can be found by their subject.
@@ -207,26 +199,23 @@ class SqlFeedbackStore:
         with self._database.read() as session:
             session.execute(select(InteractionRow.seq).limit(1))
 
-    def _now(self, rows: GroupRows) -> datetime:
+    @contextmanager
+    def _write(self) -> Iterator[tuple[Session, datetime]]:
+        """A session that has the writers' turn, and its `now`."""
+        with self._database.write() as session:
+            cursor = session.connection().connection.cursor()
+            yield session, self._begin(self._rows(cursor))
+
+    def _begin(self, rows: GroupRows) -> datetime:
         """The clock, read while the turn is held, and later than every row.
 
         So time grows as rows become visible, also when the clock is set back.
         """
-        latest = rows.latest()
+        latest = rows.begin()
         return self._clock() if latest is None else max(self._clock(), latest + _TICK)
 
-    @contextmanager
-    def _write(self) -> Iterator[Session]:
-        with self._database.write() as session:
-            if self._database.dialect == "postgresql":
-                session.execute(text(_TAKE_TURN))
-            yield session
-
     def _rows(self, cursor: DBAPICursor) -> GroupRows:
-        if self._database.dialect == "sqlite":
-            return SqliteRows(cursor)
-        cursor.execute(_TAKE_TURN)
-        return PostgresRows(cursor)
+        return SqliteRows(cursor) if self._database.dialect == "sqlite" else PostgresRows(cursor)
 
 
 def _num_changed(result: Result[Any]) -> int:

@@ -58,8 +58,8 @@ class SqliteRows:
         """The cursor's transaction is the caller's."""
         self._cursor = cursor
 
-    def latest(self) -> datetime | None:
-        """When the last row was received."""
+    def begin(self) -> datetime | None:
+        """When the last row was received; the transaction already has the turn."""
         self._cursor.execute(_LATEST)
         row = self._cursor.fetchone()
         assert row is not None  # an aggregate gives one row

@@ -20,13 +20,15 @@ class Submission:
     """A record to store, once by its id and, if it has one, by its idempotency `key`.
 
     `payload_sha256` is of what the client sent, as `rows.payload_sha256` computes it; `num_bytes`
-    is about what it holds in memory.
+    is about what it holds in memory. `is_new_id` when the id was made for this record, so that no
+    row can have it yet.
     """
 
     item: Interaction | Feedback
     payload_sha256: str
     key: str | None = None
     num_bytes: int = 0
+    is_new_id: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

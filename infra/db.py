@@ -8,6 +8,8 @@ a lock file: SQLite before 3.51.3 can lose pages when a write races another conn
 and its own waiting sleeps for up to 100 ms at a time.
 """
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -16,7 +18,7 @@ from pathlib import Path
 from sqlalchemy import DateTime, Dialect, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -27,6 +29,7 @@ from perennial.infra.locks import hold
 
 _BUSY_TIMEOUT_S = 30
 _CONNECT_S = 5
+_RESTED_S = 1.0
 _HANDOVER_S = 2.0  # for a predecessor that is just ending
 
 
@@ -179,14 +182,35 @@ def _file_of(url: URL) -> Path | None:
 
 def _make_engine(url: URL) -> Engine:
     if url.get_backend_name() == "postgresql":
-        return create_engine(
-            url, pool_pre_ping=True, pool_size=8, connect_args={"connect_timeout": _CONNECT_S}
-        )
+        # Never prepared: a plan made while a table was empty would read all of it ever after.
+        options = {"connect_timeout": _CONNECT_S, "prepare_threshold": None}
+        engine = create_engine(url, pool_size=8, connect_args=options)
+        _replace_what_died(engine)
+        return engine
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S})
     event.listen(engine, "connect", _prepare_sqlite)
     return engine
+
+
+def _replace_what_died(engine: Engine) -> None:
+    """Ping a connection that rested, as `pool_pre_ping` does with every one, at a round trip."""
+    dialect = engine.dialect
+
+    def checkout(connection: DBAPIConnection, record: ConnectionPoolEntry, _: object) -> None:
+        if time.monotonic() - record.info.get("used_at", -math.inf) < _RESTED_S:
+            return
+        try:
+            dialect.do_ping(connection)
+        except dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error
+
+    def checkin(_: object, record: ConnectionPoolEntry) -> None:
+        record.info["used_at"] = time.monotonic()
+
+    event.listen(engine, "checkout", checkout)
+    event.listen(engine, "checkin", checkin)
 
 
 def _prepare_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
