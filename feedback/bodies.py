@@ -196,7 +196,7 @@ class TargetBody(Body, frozen=True):
         return Target(
             interaction_id=self.interaction_id,
             trace_id=self.trace_id,
-            messages=_messages(self.messages or []),
+            messages=_messages(self.messages) if self.messages else (),
             completion=self.completion,
         )
 
@@ -226,13 +226,13 @@ class FeedbackBody(Body, frozen=True):
 
     def to_record(self, *, id: str, tenant: str, received_at: datetime) -> Feedback:
         """The record, with what the server knows; `id` where the client chose none."""
-        kind = self.signal.__struct_config__.tag
+        signal = SIGNALS[self.signal.__struct_config__.tag]  # type: ignore[index]  # always a str
         return Feedback(
             id=self.id or id,
             tenant=tenant,
             task=self.target.task,
             target=self.target.to_record(),
-            signal=SIGNALS[str(kind)](**msgspec.structs.asdict(self.signal)),
+            signal=signal(**msgspec.structs.asdict(self.signal)),
             source_kind=self.source.kind,
             source_id=self.source.id,
             subject=self.subject,
@@ -278,4 +278,4 @@ def json_schemas(ref_template: str) -> dict[str, Any]:  # Any: JSON schema
 
 
 def _messages(bodies: list[MessageBody]) -> tuple[Message, ...]:
-    return tuple(Message(role=m.role, content=m.content) for m in bodies)
+    return tuple([Message(role=m.role, content=m.content) for m in bodies])

@@ -5,6 +5,8 @@ what is too much without saying when to come back. The size of bodies is left to
 """
 
 import asyncio
+import gc
+import math
 import signal
 import socket
 import sys
@@ -40,6 +42,7 @@ def serve(app: ASGIApp, listener: socket.socket) -> None:
     listener.close()  # else the kernel lets clients in while the rest drains, and cuts them off
     # uvicorn raises the signal again when it has drained: a stop that was asked for is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    gc.freeze()  # what is there now stays: no collection need look at it again
     uvicorn.Server(config).run(sockets=sockets)
 
 
@@ -53,7 +56,9 @@ class BoundedHttp(HttpToolsProtocol):
     body_timeout_s = 60.0
     app: ASGIApp
     _timer: asyncio.TimerHandle | None = None
+    _deadline = math.inf
     _num_head_bytes: int | None = None
+    _num_new_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Give the first head its time."""
@@ -62,11 +67,13 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the time."""
-        self._stop_timer()
+        if self._timer is not None:
+            self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Count what comes before a head ends: the parser keeps it however long it is."""
+        self._num_new_bytes = len(data)
         super().data_received(data)
         if self._num_head_bytes is not None:
             self._num_head_bytes += len(data)
@@ -81,28 +88,42 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start the request; a ValueError, which uvicorn answers with a 400, if it is too large."""
+        most = self._num_new_bytes + (self._num_head_bytes or 0)
         self._num_head_bytes = None
         self._hurry(self.body_timeout_s)
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if size > MAX_HEAD_BYTES:
-            raise ValueError(f"the head of a request may have {MAX_HEAD_BYTES} bytes, got {size}")
+        if most > MAX_HEAD_BYTES:
+            self._check_head()
         is_too_many = len(self.tasks) >= MAX_REQUESTS
         self.app = _overloaded if is_too_many else self.config.loaded_app
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The answer may take as long as it takes."""
-        self._stop_timer()
+        self._deadline = math.inf
         super().on_message_complete()
 
-    def _hurry(self, seconds: float) -> None:
-        self._stop_timer()
-        self._timer = self.loop.call_later(seconds, self.transport.close)
+    def _check_head(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MAX_HEAD_BYTES:
+            raise ValueError(f"the head of a request may have {MAX_HEAD_BYTES} bytes, got {size}")
 
-    def _stop_timer(self) -> None:
+    def _hurry(self, seconds: float) -> None:
+        """Set the deadline. A timer for each would cost more than all else that is done here."""
+        self._deadline = self.loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._deadline:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer = self.loop.call_at(self._deadline, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self.loop.time() >= self._deadline:
+            self.transport.close()
+        elif self._deadline < math.inf:
+            self._set_timer()
 
 
 async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:

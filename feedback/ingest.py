@@ -89,10 +89,9 @@ def _key_of(request: Request) -> str | None:
 
 
 def _created(name: str, stored: Stored) -> Response:
-    response = _json(_reply(name, stored), 200 if stored.is_replay else 201)
-    if stored.is_replay:
-        response.headers["Idempotency-Replayed"] = "true"
-    return response
+    if not stored.is_replay:
+        return _json(_reply(name, stored), 201)
+    return _json(_reply(name, stored), 200, (b"idempotency-replayed", b"true"))
 
 
 def _reply(name: str, stored: Stored) -> dict[str, str]:
@@ -110,5 +109,16 @@ def _item_reply(name: str, index: int, outcome: Outcome) -> dict[str, object]:
     return {"index": index, "status": problem.status, name: None, "problem": shown}
 
 
-def _json(content: object, status: int) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
+def _json(content: object, status: int, *headers: tuple[bytes, bytes]) -> Response:
+    response = _Json(msgspec.json.encode(content), status)
+    response.raw_headers += headers
+    return response
+
+
+class _Json(Response):
+    """An answer in JSON, without what Starlette finds out about each."""
+
+    def __init__(self, body: bytes, status: int) -> None:
+        self.body, self.status_code, self.background = body, status, None
+        size = str(len(body)).encode()
+        self.raw_headers = [(b"content-type", b"application/json"), (b"content-length", size)]

@@ -135,9 +135,7 @@ def _checked(
 
 
 def _own_key(body: InteractionBody | FeedbackBody) -> str | None:
-    if not isinstance(body, InteractionItemBody | FeedbackItemBody):
-        return None
-    key = body.idempotency_key
+    key: str | None = getattr(body, "idempotency_key", None)  # a key of its own has an item only
     if key is not None and not re.fullmatch(KEY_PATTERN, key):
         raise InputError("idempotency_key must be 1 to 255 visible ASCII characters")
     return key

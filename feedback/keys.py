@@ -79,6 +79,12 @@ class StoredKey:
 
     key: ApiKey
     secret_sha256: str = field(repr=False)
+    principal: Principal = field(init=False)
+
+    def __post_init__(self) -> None:
+        key = self.key
+        principal = Principal(tenant=key.tenant, scopes=key.scopes, key_id=key.id)
+        object.__setattr__(self, "principal", principal)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +134,7 @@ def admit(stored: StoredKey | None, secret: str, now: datetime) -> Principal:
     is_secret = hmac.compare_digest(expected, _sha256(secret))
     if stored is None or not is_secret or stored.key.state_at(now) != "active":
         raise _refusal()
-    key = stored.key
-    return Principal(tenant=key.tenant, scopes=key.scopes, key_id=key.id)
+    return stored.principal
 
 
 class KeyStore:

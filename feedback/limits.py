@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from perennial.infra.errors import InputError, MalformedError, TooLargeError
 
@@ -42,15 +42,17 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
-    chunks, num_bytes = [], 0
-    try:
-        async for chunk in request.stream():
-            num_bytes += len(chunk)
-            if num_bytes > max_bytes:
-                raise _too_large(max_bytes)
-            chunks.append(chunk)
-    except ClientDisconnect as error:
-        raise MalformedError("the connection ended before the body did") from error
+    chunks, num_bytes, has_more = [], 0, True
+    while has_more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise MalformedError("the connection ended before the body did")
+        chunk = message.get("body", b"")
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+        has_more = message.get("more_body", False)
     return b"".join(chunks)
 
 
@@ -90,8 +92,11 @@ def _too_large(max_bytes: int) -> TooLargeError:
 
 
 def _check_content_type(request: Request) -> None:
-    kind, _, parameters = request.headers.get("content-type", "").lower().partition(";")
+    headers = request.headers
+    if headers.get("content-type") == "application/json" and "content-encoding" not in headers:
+        return
+    kind, _, parameters = headers.get("content-type", "").lower().partition(";")
     is_json = kind.strip() == "application/json"
     is_utf8 = parameters.strip().replace('"', "") in ("", "charset=utf-8")
-    if not (is_json and is_utf8) or "content-encoding" in request.headers:
+    if not (is_json and is_utf8) or "content-encoding" in headers:
         raise HTTPException(415, "send application/json in UTF-8, not compressed")

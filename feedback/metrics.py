@@ -42,6 +42,7 @@ class Metrics:
         )
         # Looking children up by their labels takes longer than counting.
         self._of_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._of_feedback: dict[tuple[str, str], Counter] = {}
 
     def count_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """One more request answered."""
@@ -70,5 +71,10 @@ class Metrics:
 
     def count_feedback(self, kind: str, stored: Stored) -> None:
         """One more of `kind`, unless it was there before."""
-        if not stored.is_replay:
-            self.feedback.labels(kind, stored.status).inc()
+        if stored.is_replay:
+            return
+        labels = (kind, stored.status)
+        found = self._of_feedback.get(labels)
+        if found is None:
+            found = self._of_feedback[labels] = self.feedback.labels(*labels)
+        found.inc()

@@ -25,8 +25,10 @@ class Span(NamedTuple):
 
 def find_spans(text: str) -> list[Span]:
     """The hits of all rules, which may overlap; invisible characters within one belong to it."""
-    plain = text if text.isascii() else _ODD.sub(lambda odd: _PLAIN[odd[0]], text)
-    spans = list(_found(plain))
+    if text.isascii():
+        return _found(text)
+    plain = _ODD.sub(lambda odd: _PLAIN[odd[0]], text)
+    spans = _found(plain)
     if not spans or len(plain) == len(text):
         return spans
     places = [i for i, char in enumerate(text) if _PLAIN.get(char) != ""]
@@ -47,14 +49,24 @@ _PLAIN = {
 _ODD = re.compile(f"[{''.join(_PLAIN)}]")
 
 
-def _found(text: str) -> Iterator[Span]:
+def _found(text: str) -> list[Span]:
+    spans: list[Span] = []
     if "@" in text:
-        yield from _hits(_EMAIL, text, _email)
-    has_digit = any(digit in text for digit in "1203456789")
+        spans += _hits(_EMAIL, text, _email)
+    has_digit = _has_digit(text)
     if has_digit or "_" in text:  # a secret has one of them
-        yield from _secrets(text)
+        spans += _secrets(text)
     if has_digit:
-        yield from _numbers(text)
+        spans += _numbers(text)
+    return spans
+
+
+def _has_digit(text: str) -> bool:
+    # One character is found ten times as fast as any of several.
+    return (
+        "1" in text or "2" in text or "0" in text or "3" in text or "4" in text
+        or "5" in text or "6" in text or "7" in text or "8" in text or "9" in text
+    )  # fmt: skip
 
 
 def _secrets(text: str) -> Iterator[Span]:
@@ -62,9 +74,10 @@ def _secrets(text: str) -> Iterator[Span]:
         yield from _hits(_JWT, text, _jwt)
     if "earer " in text or "uthorization" in text:
         yield from _hits(_BEARER, text, _key)
-    # One character is found ten times as fast as several: most texts have no "_" or "-".
-    if any(prefix[-1] in text and prefix in text for prefix in _KEYS):
-        yield from _hits(_KEY, text, _key)
+    for last, prefixes in _PREFIXES.items():
+        if last in text and any(prefix in text for prefix in prefixes):
+            yield from _hits(_KEY, text, _key)
+            return
 
 
 def _numbers(text: str) -> Iterator[Span]:
@@ -142,6 +155,7 @@ _KEYS = {
     "SG.": r"[\w-]{16,}+\.[\w-]{16,}+",  # SendGrid
     "pnl_": r"[\w-]{20,}+",  # Perennial
 }
+_PREFIXES = {last: [key for key in _KEYS if key[-1] == last] for last in {k[-1] for k in _KEYS}}
 _KEY = re.compile(
     rf"{_START}(?<!-)(?:{'|'.join(re.escape(k) + v for k, v in _KEYS.items())})", re.ASCII
 )

@@ -19,6 +19,8 @@ Action = Literal["copy", "regenerate", "accept", "edit", "abandon", "retry"]
 Status = Literal["joined", "pending"]
 
 ID_PATTERN = r"^[A-Za-z0-9._:\-]{1,128}$"
+_ID = re.compile(ID_PATTERN)
+_ROLES, _SOURCE_KINDS, _ACTIONS = get_args(Role), get_args(SourceKind), get_args(Action)
 MAX_NAME_CHARS = 256
 MAX_TEXT_CHARS = 1_000_000
 MAX_MESSAGES = 1_000
@@ -41,7 +43,7 @@ class Message:
     content: str
 
     def __post_init__(self) -> None:
-        _check_choice("role", self.role, get_args(Role))
+        _check_choice("role", self.role, _ROLES)
         _check_text("content", self.content)
 
 
@@ -73,10 +75,14 @@ class Interaction:
 
     def __post_init__(self) -> None:
         check_id("id", self.id)
-        for name in ("tenant", "task", "model_version", "route_role"):
-            _check_name(name, getattr(self, name))
-        for name in ("subject", "session", "trace_id", "finish_reason"):
-            _check_optional_name(name, getattr(self, name))
+        _check_name("tenant", self.tenant)
+        _check_name("task", self.task)
+        _check_name("model_version", self.model_version)
+        _check_name("route_role", self.route_role)
+        _check_optional_name("subject", self.subject)
+        _check_optional_name("session", self.session)
+        _check_optional_name("trace_id", self.trace_id)
+        _check_optional_name("finish_reason", self.finish_reason)
         _check_messages(self.messages)
         _check_text("completion", self.completion)
         _check_count("num_prompt_tokens", self.num_prompt_tokens)
@@ -182,7 +188,7 @@ class Implicit:
     text: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("action", self.action, get_args(Action))
+        _check_choice("action", self.action, _ACTIONS)
         if self.text is not None:
             if self.action != "edit":
                 raise InputError(f"only the action edit carries a text, got {self.action}")
@@ -266,9 +272,10 @@ class Feedback:
     def __post_init__(self) -> None:
         check_id("id", self.id)
         _check_name("tenant", self.tenant)
-        _check_choice("source kind", self.source_kind, get_args(SourceKind))
-        for name in ("task", "source_id", "subject"):
-            _check_optional_name(name, getattr(self, name))
+        _check_choice("source kind", self.source_kind, _SOURCE_KINDS)
+        _check_optional_name("task", self.task)
+        _check_optional_name("source_id", self.source_id)
+        _check_optional_name("subject", self.subject)
         if self.target.is_inline and self.task is None:
             raise InputError("feedback on inline messages must name its task")
         _check_times(self.received_at, self.occurred_at, self.joined_at)
@@ -285,7 +292,7 @@ class Judged:
 
 def check_id(name: str, value: str) -> None:
     """Raise InputError unless `value` is 1 to 128 letters, digits, dots, colons, `_` or `-`."""
-    if not re.fullmatch(ID_PATTERN, value):
+    if not _ID.fullmatch(value):
         raise InputError(f"{name} must be 1 to 128 of the characters A-Z a-z 0-9 . _ : -")
 
 
@@ -299,6 +306,8 @@ def _check_text(name: str, value: str) -> None:
         raise InputError(f"{name} must have at most {MAX_TEXT_CHARS} characters, got {len(value)}")
     if "\0" in value:
         raise InputError(f"{name} must not contain the NUL character")
+    if value.isascii():
+        return
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -312,6 +321,8 @@ def _check_filled_text(name: str, value: str) -> None:
 
 
 def _check_name(name: str, value: str) -> None:
+    if 0 < len(value) <= MAX_NAME_CHARS and value.isascii() and "\0" not in value:
+        return  # most are, and each record has ten
     _check_filled_text(name, value)
     if len(value) > MAX_NAME_CHARS:
         raise InputError(f"{name} must have at most {MAX_NAME_CHARS} characters, got {len(value)}")

@@ -9,8 +9,9 @@ import hashlib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Generic, NamedTuple, TypeVar
 
 from perennial.feedback.pii import Span, find_spans
 from perennial.feedback.records import (
@@ -34,12 +35,14 @@ from perennial.infra.errors import ConfigError
 RecordT_co = TypeVar("RecordT_co", bound=Interaction | Feedback, covariant=True)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Redacted:
+_NOTHING: Mapping[str, int] = MappingProxyType({})
+
+
+class Redacted(NamedTuple):
     """A text without what was found in it, and how often each class was found."""
 
     text: str
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = _NOTHING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,22 +188,27 @@ class _Pen:
     """Applies a redactor to the parts of one record and adds up what it found."""
 
     def __init__(self, redactor: Redactor, tenant: str) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: dict[str, int] = {}
         self._redactor = redactor
         self._tenant = tenant
 
     def text(self, value: str, max_chars: int = MAX_TEXT_CHARS) -> str:
         """`value` redacted; cut where placeholders make it longer than a record may hold."""
         redacted = self._redactor(value)
-        if redacted.counts:
-            self.counts.update(redacted.counts)
+        if not redacted.counts:
+            return value
+        self._add(redacted.counts)
         return redacted.text[:max_chars]
 
     def name(self, value: str | None) -> str | None:
         if value is None or not (counts := self._redactor(value).counts):
             return value
-        self.counts.update(counts)
+        self._add(counts)
         return pseudonym(self._tenant, value)
+
+    def _add(self, counts: Mapping[str, int]) -> None:
+        for label, num in counts.items():
+            self.counts[label] = self.counts.get(label, 0) + num
 
     def messages(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         texts = [self.text(message.content) for message in messages]
@@ -222,8 +230,9 @@ class _Pen:
         match signal:
             case Label(value=value):
                 return Label(value=self.text(value, MAX_NAME_CHARS))
-            case Correction() | Demonstration() | Comment():
-                return replace(signal, text=self.text(signal.text))
+            case Correction(text=text) | Demonstration(text=text) | Comment(text=text):
+                redacted = self.text(text)
+                return signal if redacted is text else replace(signal, text=redacted)
             case Preference(chosen=chosen, rejected=rejected):
                 return Preference(chosen=self.text(chosen), rejected=self.text(rejected))
             case Implicit(text=str() as text):

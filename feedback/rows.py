@@ -110,7 +110,7 @@ def feedback_values(submission: Submission, about: About | None, now: datetime) 
         _message_json(target.messages),
         target.completion,
         item.signal.kind,
-        _encode(signal_json(item.signal)).decode(),
+        _encode(item.signal).decode(),
         item.source_kind,
         item.source_id,
         item.subject,

@@ -6,14 +6,14 @@ win it back, so a step for each row would cost more than the row.
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import msgspec
 from sqlalchemy.engine.interfaces import DBAPICursor
 
 from perennial.feedback.group import Known, Pair, Table, Waiting
-from perennial.feedback.rows import FEEDBACK_COLUMNS, INTERACTION_COLUMNS, Row, Value
+from perennial.feedback.rows import FEEDBACK_COLUMNS, INTERACTION_COLUMNS, Row
 from perennial.feedback.store import About
 
 _MAX_ROWS = 256  # of one INSERT: 32,766 parameters are allowed
@@ -93,7 +93,7 @@ class SqliteRows:
 
     def join(self, found: Sequence[tuple[int, About]], now: datetime) -> None:
         """Mark the feedback of each seq as joined."""
-        at = _adapt(now)
+        at = _text(now)
         self._cursor.executemany(_JOIN, [(a.task, a.id, at, seq) for seq, a in found])
 
     def insert(self, table: Table, rows: Sequence[Row]) -> None:
@@ -102,7 +102,7 @@ class SqliteRows:
         while start < len(rows):
             size = min(_MAX_ROWS, 1 << (len(rows) - start).bit_length() - 1)
             part = rows[start : start + size]
-            values = [_adapt(value) for row in part for value in row]
+            values = [_text(v) if type(v) is datetime else v for row in part for v in row]
             self._cursor.execute(_insert(table, size), values)
             start += size
 
@@ -137,8 +137,7 @@ def _insert(table: Table, size: int) -> str:
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES {', '.join([row] * size)}"
 
 
-def _adapt(value: Value) -> Value:
-    # The text that SQLAlchemy writes for a time, which sorts as time does.
-    if isinstance(value, datetime):
-        return value.strftime("%Y-%m-%d %H:%M:%S.%f")
-    return value
+@lru_cache(maxsize=64)  # all rows of a group were received at the same time
+def _text(time: datetime) -> str:
+    """The text that SQLAlchemy writes for a time in UTC, which sorts as time does."""
+    return time.isoformat(" ", "microseconds").removesuffix("+00:00")

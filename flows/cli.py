@@ -15,7 +15,7 @@ from perennial.infra.log import configure_logging
 from perennial.infra.settings import Settings, apply_process_defaults, load_process_settings
 from perennial.registry.server import client_environment
 
-_NICENESS = 5  # of the worker: serving and ingestion go first where they share the cores
+NICENESS = 5  # of the worker: serving and ingestion go first where they share the cores
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -83,7 +83,7 @@ def worker(settings: Settings) -> None:
     """Run only the worker that executes scheduled flows."""
     from perennial.flows.schedules import run_worker
 
-    os.nice(_NICENESS)
+    os.nice(NICENESS)
     run_worker(settings)
 
 

@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cache
 
 Clock = Callable[[], datetime]
 
@@ -25,16 +24,12 @@ def new_id(prefix: str) -> str:
     bits are to be unique, not secret: a secret is made by `secrets`.
     """
     millis = time.time_ns() // 1_000_000
-    rand = _source(os.getpid()).getrandbits(74)
+    rand = _random.getrandbits(74)
     value = (millis & (1 << 48) - 1) << 80 | 0x7 << 76 | (rand >> 62) << 64
     value |= 0b10 << 62 | rand & (1 << 62) - 1
     return f"{prefix}_{value:032x}"
 
 
-@cache
-def _source(_: int) -> random.Random:
-    """A generator seeded by the system, one for each process: a fork must not repeat its parent.
-
-    Asking the system for each id costs more than all else that a request does.
-    """
-    return random.Random()
+# Seeded by the system; asking it for each id costs more than all else that a request does.
+_random = random.Random()
+os.register_at_fork(after_in_child=_random.seed)  # a fork must not repeat its parent

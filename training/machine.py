@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from contextlib import suppress
 
 import psutil
 import torch
@@ -29,3 +30,14 @@ def peak_rss_mb() -> float:
     """Most memory this process has held, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def yield_cores() -> None:
+    """Have only what no other process wants of the cores: somebody waits for their answers.
+
+    A low priority alone would keep a core until its slice ends, milliseconds after it was wanted.
+    """
+    os.nice(10)
+    if hasattr(os, "SCHED_IDLE"):  # Linux
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -33,12 +32,11 @@ from perennial.training.evaluate import Limits, SuiteSummary, evaluate
 from perennial.training.examples import read_examples
 from perennial.training.grading import read_suite
 from perennial.training.job import EvalJob, TrainJob, read_eval_job, read_train_job
-from perennial.training.machine import choose_threads, peak_rss_mb
+from perennial.training.machine import choose_threads, peak_rss_mb, yield_cores
 from perennial.training.progress import ProgressLog
 from perennial.training.tokens import TokenRow, encode_example
 from perennial.training.trainer import Sources, Trained
 
-_NICENESS = 10  # serving and ingestion go first where they share the cores
 _EXIT_CODES: tuple[tuple[type[PerennialError], int], ...] = (
     (InputError, 2),
     (ModelMissingError, 3),
@@ -184,5 +182,5 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    os.nice(_NICENESS)
+    yield_cores()
     sys.exit(main())

@@ -7,12 +7,14 @@ begun, not its imports.
 """
 
 import json
+import os
 import random
 import sys
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 
+from perennial.flows.cli import NICENESS
 from perennial.flows.processes import run_training_process
 from perennial.infra.settings import Settings
 from perennial.monitoring.check import check
@@ -55,9 +57,10 @@ def train(folder: Path) -> None:
 
 
 def report(folder: Path) -> None:
-    """Checks of 2,000 against 2,000 interactions, each drawn by Evidently."""
+    """Checks of 2,000 against 2,000 interactions, each drawn by Evidently, as niced as a worker."""
     from perennial.monitoring.report import write_report  # Evidently: seconds to import
 
+    os.nice(NICENESS)
     rng = random.Random(0)
     for number in count():
         rows = [_row(n, rng) for n in range(2 * _ROWS)]
