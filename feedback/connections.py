@@ -2,6 +2,10 @@
 
 uvicorn bounds neither the head of a request nor the time in which a request arrives, and refuses
 what is too much without saying when to come back. The size of bodies is left to `limits`.
+
+Beyond `max_requests` a connection is not read until one of them has ended: to refuse costs almost
+what an answer costs, so a server that refuses twice what it can answer answers half of it. Only who
+would wait too long, or would cost too much memory, is refused.
 """
 
 import asyncio
@@ -10,6 +14,8 @@ import math
 import signal
 import socket
 import sys
+from collections import deque
+from dataclasses import dataclass, field
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,7 +25,6 @@ from perennial.feedback.problems import MEDIA_TYPE, problem_of
 from perennial.infra.errors import OverloadedError
 
 MAX_HEAD_BYTES = 32 << 10
-MAX_REQUESTS = 1024  # answered at the same time; one more would only wait, and cost memory
 # uvloop takes one connection of a listener in each turn of a busy loop: a wave of new clients
 # would wait for seconds.
 _NUM_LISTENERS = 16
@@ -46,6 +51,14 @@ def serve(app: ASGIApp, listener: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=sockets)
 
 
+@dataclass(kw_only=True, slots=True)
+class _Queue:
+    """The connections of one server that wait for their turn, the first first."""
+
+    waiting: "deque[BoundedHttp]" = field(default_factory=deque)
+    num_bytes: int = 0
+
+
 class BoundedHttp(HttpToolsProtocol):
     """uvicorn's protocol, for which a request too slow or of too large a head ends the connection.
 
@@ -54,7 +67,11 @@ class BoundedHttp(HttpToolsProtocol):
 
     head_timeout_s = 10.0
     body_timeout_s = 60.0
+    held_timeout_s = 5.0
+    max_requests = 1024  # answered at the same time; one more would only cost memory
+    max_held_bytes = 16 << 20  # read from connections that wait
     app: ASGIApp
+    _held: bytes | None = None
     _timer: asyncio.TimerHandle | None = None
     _deadline = math.inf
     _num_head_bytes: int | None = None
@@ -63,16 +80,21 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Give the first head its time."""
         super().connection_made(transport)
+        self._queue: _Queue = vars(self.server_state).setdefault("queue", _Queue())
         self._hurry(self.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the time."""
+        """Forget the time, and what was held."""
         if self._timer is not None:
             self._timer.cancel()
+        self._take_held()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Count what comes before a head ends: the parser keeps it however long it is."""
+        if self._held is not None or self._must_wait(data):
+            self._hold(data)
+            return
         self._num_new_bytes = len(data)
         super().data_received(data)
         if self._num_head_bytes is not None:
@@ -93,14 +115,53 @@ class BoundedHttp(HttpToolsProtocol):
         self._hurry(self.body_timeout_s)
         if most > MAX_HEAD_BYTES:
             self._check_head()
-        is_too_many = len(self.tasks) >= MAX_REQUESTS
-        self.app = _overloaded if is_too_many else self.config.loaded_app
+        is_too_many = len(self.tasks) >= self.max_requests
+        self.app = _overloaded if is_too_many else self._run
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The answer may take as long as it takes."""
         self._deadline = math.inf
         super().on_message_complete()
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # uvicorn's; its own callback, added before, forgets it
+        task.add_done_callback(self._let_go_on)
+        await self.config.loaded_app(scope, receive, send)
+
+    def _let_go_on(self, _: object) -> None:
+        while self._queue.waiting and len(self.tasks) < self.max_requests:
+            self._queue.waiting.popleft().go_on()
+
+    def _must_wait(self, data: bytes) -> bool:
+        if len(self.tasks) < self.max_requests or self._num_head_bytes is not None:
+            return False
+        is_first = self.cycle is None
+        is_between = is_first or self.cycle.response_complete
+        return is_between and self._queue.num_bytes + len(data) <= self.max_held_bytes
+
+    def _hold(self, data: bytes) -> None:
+        """Read no more until it is this connection's turn."""
+        if self._held is None:
+            self.flow.pause_reading()
+            self._queue.waiting.append(self)
+            self._hurry(self.held_timeout_s)
+        self._held = (self._held or b"") + data
+        self._queue.num_bytes += len(data)
+
+    def _take_held(self) -> bytes:
+        data, self._held = self._held or b"", None
+        self._queue.num_bytes -= len(data)
+        return data
+
+    def go_on(self) -> None:
+        """Go on where this connection was held."""
+        if self._held is not None:
+            data = self._take_held()
+            self.flow.resume_reading()
+            self._hurry(self.head_timeout_s)
+            self.data_received(data)
 
     def _check_head(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
@@ -121,6 +182,8 @@ class BoundedHttp(HttpToolsProtocol):
     def _on_timer(self) -> None:
         self._timer = None
         if self.loop.time() >= self._deadline:
+            if self._held is not None:
+                self.transport.write(_CLOSING_REFUSAL)
             self.transport.close()
         elif self._deadline < math.inf:
             self._set_timer()
@@ -144,3 +207,8 @@ _REFUSAL_HEADERS = [
     (b"cache-control", b"no-store"),
     (b"x-content-type-options", b"nosniff"),
 ]
+_CLOSING_REFUSAL = b"\r\n".join(
+    [b"HTTP/1.1 503 Service Unavailable"]
+    + [name + b": " + value for name, value in [*_REFUSAL_HEADERS, (b"connection", b"close")]]
+    + [b"", _REFUSAL]
+)

@@ -2,8 +2,9 @@
 
     python tests/bench/ingest.py [--short] [--only single] [--seed 1] [--overload-s 60]
 
-Real servers and a load generator share this machine's cores. The control commits once per request;
-it and the fast path take turns in the same run, and ratios are of medians. After each scenario the
+Real servers and a load generator share this machine's cores. The control is a plain service that
+commits once per request (`rig/plain.py`), a second one our own with groups of one row; they and the
+fast path take turns in the same run, and ratios are of medians. After each scenario the
 database is compared with what was acknowledged, event by event: a lost or doubled one ends the run.
 Prints a table and, as the last line, `RESULT {json}`; progress goes to standard error.
 """
@@ -128,18 +129,24 @@ def disk(bench: Bench) -> Numbers:
 
 def single(bench: Bench) -> Numbers:
     """64 clients, 1 KB, SQLite; by turns with one commit per request, and with bare fsyncs."""
-    fast_rounds, control_rounds, fsync_rounds = [], [], []
-    with under_test(bench, "fast") as fast, under_test(bench, "control", rows=1) as control:
+    fast_rounds, control_rounds, alone_rounds, fsync_rounds = [], [], [], []
+    with (
+        under_test(bench, "fast") as fast,
+        under_test(bench, "control", script="plain.py") as control,
+        under_test(bench, "alone", "--max-group-rows", "1") as alone,
+    ):
         with Watch(fast.served.pid) as watch:
             for _ in range(bench.times.num_rounds):
                 fast_rounds.append(fast.closed(fast.singles()))
                 control_rounds.append(control.closed(control.singles()))
+                alone_rounds.append(alone.closed(alone.singles()))
                 fsync_rounds.append(fsync_rate(bench.folder, bench.times.round_s / 2))
         interactions = fast.closed(
             events.interactions(fast.served.port, fast.served.key, random.Random(bench.seed))
         )
         generator_us = statistics.median(fast.generator.cpu_us)
     fast_per_s, control_per_s = median(fast_rounds, "per_s"), median(control_rounds, "per_s")
+    alone_per_s = median(alone_rounds, "per_s")
     return {
         **fsyncs(fsync_rounds),
         "single_per_s": fast_per_s,
@@ -149,6 +156,8 @@ def single(bench: Bench) -> Numbers:
         "control_per_s": control_per_s,
         "control_p99_ms": median(control_rounds, "p99_ms"),
         "vs_per_request_commit": fast_per_s / control_per_s,
+        "groups_of_one_per_s": alone_per_s,
+        "vs_groups_of_one": fast_per_s / alone_per_s,
         "interaction_per_s": interactions["per_s"],
         "interaction_p99_ms": interactions["p99_ms"],
         "load_cpu_us": generator_us,
@@ -305,13 +314,15 @@ def beside(bench: Bench, name: str, peer: peers.Peer, templates: Sequence[str]) 
 
 
 @contextmanager
-def under_test(bench: Bench, name: str, *, url: str = "", rows: int = 512) -> Iterator[UnderTest]:
+def under_test(
+    bench: Bench, name: str, *arguments: str, url: str = "", script: str = "server.py"
+) -> Iterator[UnderTest]:
     """A server over a new database; when the block ends, its promises are proven."""
     folder = bench.folder / name
     folder.mkdir()
     url = url or f"sqlite:///{folder / 'perennial.db'}"
     generator = Generator(folder)
-    with serve(url, "--max-group-rows", str(rows)) as served:
+    with serve(url, *arguments, script=script) as served:
         yield UnderTest(
             served=served,
             generator=generator,
@@ -374,7 +385,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--overload-s", type=float, help="seconds of overload, 60 if not short")
     found.add_argument(
-        "--connections", type=int, default=600, help="most that an overload may open"
+        "--connections", type=int, default=4096, help="most that an overload may open"
     )
     found.add_argument(
         "--folder",

@@ -1,7 +1,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -11,12 +11,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from perennial.feedback import connections
 from perennial.feedback.connections import MAX_HEAD_BYTES, BoundedHttp
 
 GET = b"GET / HTTP/1.1\r\nHost: test\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\n"
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Connect = Callable[[], Awaitable[Streams]]
 
 
 class Hasty(BoundedHttp):
@@ -24,15 +24,33 @@ class Hasty(BoundedHttp):
 
 
 @asynccontextmanager
-async def _connected(protocol: type[BoundedHttp], app: ASGIApp) -> AsyncIterator[Streams]:
+async def _served(protocol: type[BoundedHttp], app: ASGIApp) -> AsyncIterator[Connect]:
+    """What opens a connection to `app`."""
     config, state = Config(app, lifespan="off"), ServerState()
     config.load()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: protocol(config, state, {}), "127.0.0.1", 0)
-    async with server:
+    writers = []
+
+    async def connect() -> Streams:
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        yield reader, writer
-        writer.close()
+        writers.append(writer)
+        return reader, writer
+
+    async with server:
+        try:
+            yield connect
+        finally:
+            for writer in writers:
+                writer.close()
+                with suppress(ConnectionError):
+                    await writer.wait_closed()
+
+
+@asynccontextmanager
+async def _connected(protocol: type[BoundedHttp], app: ASGIApp) -> AsyncIterator[Streams]:
+    async with _served(protocol, app) as connect:
+        yield await connect()
 
 
 async def _status(reader: asyncio.StreamReader) -> bytes:
@@ -106,24 +124,90 @@ def test_endless_header_is_not_kept() -> None:
     assert asyncio.run(ask()) == b"400"
 
 
-def test_requests_beyond_the_limit_are_told_when_to_come_back(
-    monkeypatch: pytest.MonkeyPatch,
+class Crowded(BoundedHttp):
+    max_requests = 1
+    held_timeout_s = 0.05
+
+
+class Full(Crowded):
+    max_held_bytes = 0
+
+
+async def _refusal(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]  # it is there
+    return head, await reader.readexactly(length)
+
+
+class Gate:
+    """An app that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.is_open = asyncio.Event()
+        self.is_asked = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.is_asked.set()
+        await self.is_open.wait()
+        await PlainTextResponse("hello")(scope, receive, send)
+
+
+@asynccontextmanager
+async def _behind_another(protocol: type[BoundedHttp]) -> AsyncIterator[tuple[Gate, Streams]]:
+    """A second client's streams, who asks while the answer to the first is not there yet."""
+    gate = Gate()
+    async with _served(protocol, gate) as connect:
+        _, first = await connect()
+        first.write(GET + b"\r\n")
+        await gate.is_asked.wait()
+        reader, writer = await connect()
+        writer.write(GET + b"\r\n")
+        yield gate, (reader, writer)
+
+
+def test_request_beyond_the_limit_waits_for_its_turn() -> None:
+    class Patient(Crowded):
+        held_timeout_s = 60.0
+
+    async def ask() -> bytes:
+        async with _behind_another(Patient) as (gate, (reader, writer)):
+            gate.is_open.set()
+            assert await asyncio.wait_for(_status(reader), 5) == b"200"
+            await reader.readexactly(len("hello"))
+            writer.write(GET + b"\r\n")
+            return await asyncio.wait_for(_status(reader), 5)
+
+    assert asyncio.run(ask()) == b"200"
+
+
+@pytest.mark.parametrize("protocol", [Crowded, Full])
+def test_request_that_would_wait_too_long_is_told_when_to_come_back(
+    protocol: type[BoundedHttp],
 ) -> None:
-    monkeypatch.setattr(connections, "MAX_REQUESTS", 0)
+    async def ask() -> tuple[bytes, bytes]:
+        async with _behind_another(protocol) as (_, (reader, _)):
+            return await asyncio.wait_for(_refusal(reader), 5)
 
-    async def refused() -> tuple[bytes, bytes]:
-        async with _connected(BoundedHttp, _read) as (reader, writer):
-            writer.write(GET + b"\r\n")
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]  # it is there
-            body = await reader.readexactly(length)
-            monkeypatch.setattr(connections, "MAX_REQUESTS", 10)
-            writer.write(GET + b"\r\n")
-            assert await _status(reader) == b"200"
-            return head, body
-
-    head, body = asyncio.run(refused())
+    head, body = asyncio.run(ask())
 
     assert head.startswith(b"HTTP/1.1 503")
     assert b"retry-after: 1" in head
     assert json.loads(body)["code"] == "overloaded"
+
+
+def test_client_that_leaves_while_it_waits_costs_nobody_a_turn() -> None:
+    class Patient(Crowded):
+        held_timeout_s = 60.0
+
+    async def ask() -> bytes:
+        gate = Gate()
+        async with _served(Patient, gate) as connect:
+            streams = [await connect() for _ in range(3)]
+            for _, writer in streams:
+                writer.write(GET + b"\r\n")
+                await gate.is_asked.wait()
+            streams[1][1].close()
+            gate.is_open.set()
+            return await asyncio.wait_for(_status(streams[2][0]), 5)
+
+    assert asyncio.run(ask()) == b"200"

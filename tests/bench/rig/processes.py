@@ -36,9 +36,9 @@ class Served:
 
 
 @contextmanager
-def serve(url: str, *arguments: str) -> Iterator[Served]:
-    """The server under test over the database at `url`; SIGTERM when the block ends."""
-    argv = [sys.executable, str(_HERE / "server.py"), url, *arguments]
+def serve(url: str, *arguments: str, script: str = "server.py") -> Iterator[Served]:
+    """The server under test or another over the database at `url`; SIGTERM when the block ends."""
+    argv = [sys.executable, str(_HERE / script), url, *arguments]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout is not None
