@@ -15,9 +15,8 @@ from perennial.feedback.store import About
 from perennial.feedback.tables import FeedbackRow, InteractionRow
 
 # A writer that hangs must cost the others a 503, not their threads.
-_BEGIN = f"""
-SET LOCAL lock_timeout = '10s';
-SELECT pg_advisory_xact_lock({0x706E6C_01});
+_TAKE_TURN = ("SET LOCAL lock_timeout = '10s'", f"SELECT pg_advisory_xact_lock({0x706E6C_01})")
+_LATEST = """
 SELECT greatest(
   (SELECT received_at FROM interactions ORDER BY seq DESC LIMIT 1),
   (SELECT received_at FROM feedback ORDER BY seq DESC LIMIT 1))
@@ -59,10 +58,9 @@ class PostgresRows:
         self._cursor = cursor
 
     def begin(self) -> datetime | None:
-        """Take the writers' turn, in one round trip; when the last row was received."""
-        self._cursor.execute(_BEGIN)
-        while self._cursor.nextset():
-            pass
+        """Take the writers' turn; when the last row was received."""
+        for statement in (*_TAKE_TURN, _LATEST):
+            self._cursor.execute(statement)
         row = self._cursor.fetchone()
         assert row is not None  # a SELECT without FROM gives one row
         found: datetime | None = row[0]

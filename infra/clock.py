@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 
 Clock = Callable[[], datetime]
 
@@ -24,12 +25,18 @@ def new_id(prefix: str) -> str:
     bits are to be unique, not secret: a secret is made by `secrets`.
     """
     millis = time.time_ns() // 1_000_000
-    rand = _random.getrandbits(74)
+    rand = _source().getrandbits(74)
     value = (millis & (1 << 48) - 1) << 80 | 0x7 << 76 | (rand >> 62) << 64
     value |= 0b10 << 62 | rand & (1 << 62) - 1
     return f"{prefix}_{value:032x}"
 
 
-# Seeded by the system; asking it for each id costs more than all else that a request does.
-_random = random.Random()
-os.register_at_fork(after_in_child=_random.seed)  # a fork must not repeat its parent
+@cache
+def _source() -> random.Random:
+    """A generator seeded by the system, which a fork seeds anew lest it repeat its parent.
+
+    Asking the system for each id costs more than all else that a request does.
+    """
+    found = random.Random()
+    os.register_at_fork(after_in_child=found.seed)
+    return found

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import DateTime, Dialect, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
@@ -21,7 +22,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import InterfaceError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.types import TypeDecorator
 
 from perennial.infra.errors import ConfigError, UnavailableError
@@ -109,11 +110,12 @@ class Database:
         with self._as_unavailable(), self._turn(), self.engine.connect() as connection:
             driver = connection.connection
             try:
-                cursor = driver.cursor()
-                if self.dialect == "sqlite":
-                    cursor.execute("BEGIN IMMEDIATE")
-                yield cursor
-                driver.commit()
+                with self._pipeline(driver):
+                    cursor = driver.cursor()
+                    if self.dialect == "sqlite":
+                        cursor.execute("BEGIN IMMEDIATE")
+                    yield cursor
+                    driver.commit()
             except BaseException:
                 connection.invalidate()
                 raise
@@ -154,6 +156,14 @@ class Database:
         if self.file is None:
             return nullcontext()
         return hold(self.file.with_name(f"{self.file.name}-turn"), timeout_s=_BUSY_TIMEOUT_S)
+
+    def _pipeline(self, driver: PoolProxiedConnection) -> AbstractContextManager[object]:
+        """PostgreSQL answers when something is fetched and at the end: a trip for each is saved."""
+        if self.dialect == "sqlite":
+            return nullcontext()
+        connection: Any = driver.driver_connection  # psycopg's
+        pipeline: AbstractContextManager[object] = connection.pipeline()
+        return pipeline
 
     @contextmanager
     def _as_unavailable(self) -> Iterator[None]:

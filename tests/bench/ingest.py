@@ -385,7 +385,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--overload-s", type=float, help="seconds of overload, 60 if not short")
     found.add_argument(
-        "--connections", type=int, default=4096, help="most that an overload may open"
+        "--connections", type=int, default=2048, help="most that an overload may open"
     )
     found.add_argument(
         "--folder",
