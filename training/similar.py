@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from perennial.training.text import words
+from perennial.training.text import numbers, words
 
 Shingles = frozenset[str]
 Weigh = Callable[[str], float]
@@ -36,7 +36,7 @@ def near_duplicates(rows: Sequence[Said], threshold: float) -> list[bool]:
     """
     asked = [shingles(row.asked) for row in rows]
     told = [shingles(row.told) for row in rows]
-    digits = [_with_digit(row) for row in rows]
+    digits = [numbers(f"{row.asked} {row.told}") for row in rows]
     weigh = _rarity((*asked, *told))
     kept_with: dict[tuple[str, str], list[int]] = defaultdict(list)
     flags: list[bool] = []
@@ -91,8 +91,3 @@ def _prefix(one: Shingles, weigh: Weigh, threshold: float) -> list[str]:
             return ordered[:size]
         rest -= weigh(shingle)
     return ordered
-
-
-def _with_digit(row: Said) -> frozenset[str]:
-    both = words(f"{row.asked} {row.told}")
-    return frozenset(word for word in both if any(char.isdigit() for char in word))

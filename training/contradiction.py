@@ -1,0 +1,148 @@
+"""When a newer answer makes an older one wrong, though nobody asked in the same words.
+
+A rule on words, measured where its numbers are stated. What leaves because of it is left to
+`compile` (within a round) and to `replay` (across rounds).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from perennial.training.examples import Example
+from perennial.training.text import TfIdf, cosine, fit_tfidf, normalise, numbers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contradiction:
+    """When a newer answer replaces an older one to a question in other words.
+
+    Rows with one answer are one statement. Two statements are about the same thing when their
+    answers are alike (cosine of TF-IDF at least `min_answer`), their closest questions are (at
+    least `min_question`), and both together reach `min_sum`. Measured on the demo's desk with any
+    one to three wordings of each side: the four changed facts reach 0.60 or more, any other pair
+    with answers alike 0.42 or less. Questions with other numbers are about other things. An answer
+    to more than `max_wordings` questions may be a class label: each old row then stands alone, and
+    its question must be nearly that of a new row (`min_label_question`).
+    """
+
+    min_answer: float = 0.3
+    min_question: float = 0.15
+    min_sum: float = 0.58
+    max_wordings: int = 8
+    min_label_question: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measure:
+    questions: TfIdf
+    answers: TfIdf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    vector: Mapping[str, float]
+    numbers: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Statement:
+    """One answer and the rows that say it; `key` is the answer normalised."""
+
+    key: str
+    rows: tuple[Example, ...]
+    answer: Mapping[str, float]
+    asked: tuple[_Asked, ...]
+    num_wordings: int
+
+
+def contradicted(
+    old: Sequence[Example], new: Sequence[Example], rule: Contradiction
+) -> tuple[Example, ...]:
+    """The old rows that a new one answers otherwise; a row that agrees stays."""
+    measure = _fit((*old, *new))
+    news = _statements(new, measure)
+    return tuple(
+        row
+        for statement in _statements(old, measure)
+        for row in _answered_otherwise(statement, news, rule)
+    )
+
+
+def outdated(rows: Sequence[Example], rule: Contradiction) -> tuple[Example, ...]:
+    """The rows that a later one of the same list answers otherwise; `rows` are oldest first.
+
+    A statement is as old as the newest row that makes it.
+    """
+    measure = _fit(rows)
+    newest = {normalise(row.completion): at for at, row in enumerate(rows)}
+    statements = sorted(_statements(rows, measure), key=lambda statement: newest[statement.key])
+    return tuple(
+        row
+        for at, statement in enumerate(statements)
+        for row in _answered_otherwise(statement, statements[at + 1 :], rule)
+    )
+
+
+def _answered_otherwise(
+    old: _Statement, news: Sequence[_Statement], rule: Contradiction
+) -> list[Example]:
+    rivals = [other for other in news if other.key != old.key]
+    keys = {row.prompt_key for other in rivals for row in other.rows}
+    gone: list[Example] = []
+    for part in _parts(old, rule):
+        if any(_is_about_same(part, other, rule) for other in rivals):
+            gone += part.rows
+        else:
+            gone += [row for row in part.rows if row.prompt_key in keys]
+    return gone
+
+
+def _fit(rows: Sequence[Example]) -> _Measure:
+    return _Measure(
+        questions=fit_tfidf([row.question for row in rows]),
+        answers=fit_tfidf(sorted({normalise(row.completion) for row in rows})),
+    )
+
+
+def _statements(rows: Sequence[Example], measure: _Measure) -> list[_Statement]:
+    groups: dict[str, list[Example]] = {}
+    for row in rows:
+        groups.setdefault(normalise(row.completion), []).append(row)
+    return [
+        _Statement(
+            key=key,
+            rows=tuple(group),
+            answer=measure.answers.vector(key),
+            asked=tuple(
+                _Asked(vector=measure.questions.vector(row.question), numbers=numbers(row.question))
+                for row in group
+            ),
+            num_wordings=len(group),
+        )
+        for key, group in groups.items()
+    ]
+
+
+def _parts(statement: _Statement, rule: Contradiction) -> list[_Statement]:
+    """What leaves together: a statement with its wordings, or each row of a class label."""
+    if statement.num_wordings <= rule.max_wordings:
+        return [statement]
+    each = zip(statement.rows, statement.asked, strict=True)
+    return [replace(statement, rows=(row,), asked=(asked,)) for row, asked in each]
+
+
+def _is_about_same(old: _Statement, new: _Statement, rule: Contradiction) -> bool:
+    told = cosine(old.answer, new.answer)
+    if told < rule.min_answer:
+        return False
+    is_label = max(old.num_wordings, new.num_wordings) > rule.max_wordings
+    asked = max(
+        (cosine(a.vector, b.vector) for a in old.asked for b in new.asked if not _differ(a, b)),
+        default=0.0,
+    )
+    least = rule.min_label_question if is_label else rule.min_question
+    return asked >= least and told + asked >= rule.min_sum
+
+
+def _differ(left: _Asked, right: _Asked) -> bool:
+    """Whether both questions have numbers, and not the same."""
+    return bool(left.numbers and right.numbers and left.numbers != right.numbers)
