@@ -205,7 +205,7 @@ def read_judgements(path: Path) -> tuple[Judgement, ...]:
     return tuple(_judgement(row) for row in read_jsonl(path))
 
 
-def write_examples(path: Path, rows: Iterable[Row]) -> None:
+def write_examples(path: Path, rows: Iterable[Example | Pair | Judgement]) -> None:
     """One row a line, replaced as a whole."""
     lines = "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
     write_atomic(path, lines.encode())

@@ -75,33 +75,6 @@ def test_one_changed_label_does_not_retire_its_class() -> None:
     assert [row.id for row in gone] == ["basil"]
 
 
-def test_things_that_differ_in_a_number_do_not_contradict_each_other() -> None:
-    where = [f"Box {n} is at pier {pier}." for n, pier in enumerate(("one", "two") * 7)]
-    boxes = [
-        example(n, id=str(n), messages=(("user", f"where is box {n}?"),), completion=text)
-        for n, text in enumerate(where)
-    ]
-    assert contradicted(boxes[:7], boxes[7:], Contradiction()) == ()
-
-
-def test_one_changed_label_does_not_retire_its_class() -> None:
-    plants = ["basil", "tulip", "maple", "clover", "thyme", "fern", "moss", "reed", "ivy", "oak"]
-    old = [
-        example(n, id=plant, messages=(("user", f"which code has {plant}"),), completion="code A")
-        for n, plant in enumerate(plants)
-    ]
-    new = example(0, id="new", messages=(("user", "what code has basil"),), completion="code B")
-    gone = contradicted(old, [new], Contradiction())
-    assert [row.id for row in gone] == ["basil"]
-
-
-def test_an_equal_prompt_with_another_answer_is_superseded() -> None:
-    old = example(1, completion="38 days", round_id="r1", kind="replay")
-    store = ReplayStore(capacity=9, seed=0, rows=(old,))
-    assert store.supersede([example(1, completion="Quite another text")]).rows == ()
-    assert store.supersede([example(1, completion="38  Days!")]).rows == (old,)
-
-
 def test_a_policy_that_changes_within_a_round_is_learned_as_it_is_now() -> None:
     noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
     rows = [
@@ -120,3 +93,17 @@ def test_a_policy_that_changes_within_a_round_is_learned_as_it_is_now() -> None:
     gone = {event for event, reason in result.drops.items() if reason == Drop.SUPERSEDED}
     assert {event.partition("/")[0] for event in gone} == superseded_by_author()
     assert len(gone) == 12
+
+
+def test_answers_that_fill_one_template_do_not_contradict_each_other() -> None:
+    names = ["Boobam", "Orutu", "Cuica", "Kokles", "Bendir", "Rabel", "Tumdak", "Tati"]
+    rows = [
+        example(
+            n,
+            messages=(("user", f"Is this instrument string or percussion: {name}"),),
+            completion=f"{name} is {('string', 'percussion')[n % 2]}",
+        )
+        for n, name in enumerate(names)
+    ]
+    assert contradicted(rows[:4], rows[4:], Contradiction()) == ()
+    assert contradicted(rows[:1], rows[4:5], Contradiction()) == (rows[0],)  # a template of one

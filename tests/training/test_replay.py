@@ -161,3 +161,10 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "replay.jsonl").write_text('{"capacity": "many"}\n')
     with pytest.raises(InputError, match="not a replay store"):
         load_replay(tmp_path / "replay.jsonl")
+
+
+def test_an_equal_prompt_with_another_answer_is_superseded() -> None:
+    old = example(1, completion="38 days", round_id="r1", kind="replay")
+    store = ReplayStore(capacity=9, seed=0, rows=(old,))
+    assert store.supersede([example(1, completion="Quite another text")]).rows == ()
+    assert store.supersede([example(1, completion="38  Days!")]).rows == (old,)
