@@ -91,6 +91,7 @@ def _against_the_past(
     gone = contradicted((*replay.rows, *judged), compiled.examples, Contradiction())
     ids = {row.id for row in gone}
     judged = tuple(row for row in judged if row.id not in ids)
+    replay = replace(replay, rows=tuple(row for row in replay.rows if row.id not in ids))
     new = split_holdout(not_judged(compiled.examples, judged), settings.holdout)
     apart = (*judged, *new.judge)
     return Curated(
@@ -98,8 +99,8 @@ def _against_the_past(
         new=new,
         pairs=not_judged(compiled.pairs, apart),
         judgements=_of_both_labels(not_judged(compiled.judgements, apart)),
-        replay=replay.supersede(compiled.examples),
-        next_replay=replay.supersede(compiled.examples).add(new.train, round_.id),
+        replay=replay,
+        next_replay=replay.add(new.train, round_.id),
         judged=judged,
         forgotten=_forgotten(gone, compiled.examples),
     )

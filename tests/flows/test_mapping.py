@@ -110,7 +110,7 @@ def test_comments_and_labels_never_train() -> None:
 
     compiled = compile_feedback(to_feedback_rows(judged), CompileLimits())
 
-    assert not (compiled.examples or compiled.pairs or compiled.judgements)
+    assert (compiled.examples, compiled.pairs, compiled.judgements) == ((), (), ())
     assert compiled.num_dropped == {Drop.UNSUPPORTED_KIND: 2}
 
 

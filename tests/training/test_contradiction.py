@@ -95,15 +95,22 @@ def test_a_policy_that_changes_within_a_round_is_learned_as_it_is_now() -> None:
     assert len(gone) == 12
 
 
-def test_answers_that_fill_one_template_do_not_contradict_each_other() -> None:
-    names = ["Boobam", "Orutu", "Cuica", "Kokles", "Bendir", "Rabel", "Tumdak", "Tati"]
-    rows = [
-        example(
-            n,
-            messages=(("user", f"Is this instrument string or percussion: {name}"),),
-            completion=f"{name} is {('string', 'percussion')[n % 2]}",
-        )
-        for n, name in enumerate(names)
+def test_answers_that_name_what_they_are_about_do_not_contradict_each_other() -> None:
+    def about(name: str, kind: str) -> Example:
+        asked = (("user", f"Is this instrument string or percussion: {name}"),)
+        return example(0, id=name, messages=asked, completion=f"{name} is {kind}")
+
+    boobam, orutu = about("Boobam", "string"), about("Orutu", "percussion")
+    assert contradicted([boobam], [orutu], Contradiction()) == ()
+    assert contradicted([boobam], [about("Boobam", "percussion")], Contradiction()) == (boobam,)
+
+
+def test_statements_that_already_stood_beside_each_other_both_stay() -> None:
+    asked = ["which plan has the red label", "which plan has the blue label"]
+    old = [
+        example(n, messages=(("user", text),), completion=f"plan {'AB'[n]}")
+        for n, text in enumerate(asked)
     ]
-    assert contradicted(rows[:4], rows[4:], Contradiction()) == ()
-    assert contradicted(rows[:1], rows[4:5], Contradiction()) == (rows[0],)  # a template of one
+    new = example(3, messages=(("user", "which plan has the green label"),), completion="plan C")
+    assert contradicted(old, [new], Contradiction()) == ()
+    assert contradicted(old[:1], [new], Contradiction()) == (old[0],)  # nothing tells it from news
