@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Literal, TypeVar
 
 from perennial.infra.errors import InputError
-from perennial.training.contradiction import Contradiction, outdated
 from perennial.training.examples import (
     Example,
     Judgement,
@@ -146,8 +145,7 @@ def compile_feedback(rows: Iterable[FeedbackRow], limits: CompileLimits) -> Comp
     usable = _capped(_usable(ordered, limits, drops), limits, drops)
     written = [row for row in usable if row.kind in _WRITTEN]
     judged = [row for row in usable if row.kind in _JUDGED]
-    answers = _still_true(_newest_answers(written, drops), drops)
-    examples = _distinct(answers, limits, drops)
+    examples = _distinct(_newest_answers(written, drops), limits, drops)
     judgements = _distinct(_newest_labels(judged, examples, drops), limits, drops)
     pairs = _pairs(examples, {row.event_id: row for row in written})
     compiled = Compiled(examples=tuple(examples), pairs=tuple(pairs), judgements=tuple(judgements))
@@ -252,13 +250,6 @@ def _newest_answers(rows: Sequence[FeedbackRow], drops: dict[str, Drop]) -> list
             )
         )
     return examples
-
-
-def _still_true(examples: Sequence[Example], drops: dict[str, Drop]) -> list[Example]:
-    """Without what a later answer to the question in other words says otherwise."""
-    gone = {row.id: row for row in outdated(examples, Contradiction())}
-    drops.update((event, Drop.SUPERSEDED) for row in gone.values() for event in row.event_ids)
-    return [row for row in examples if row.id not in gone]
 
 
 def _newest_labels(

@@ -1,8 +1,6 @@
 import json
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from perennial.training.compile import CompileLimits, Drop, FeedbackRow, compile_feedback
 from perennial.training.contradiction import Contradiction, contradicted
 from perennial.training.examples import Example
 
@@ -73,26 +71,6 @@ def test_one_changed_label_does_not_retire_its_class() -> None:
     new = example(0, id="new", messages=(("user", "what code has basil"),), completion="code B")
     gone = contradicted(old, [new], Contradiction())
     assert [row.id for row in gone] == ["basil"]
-
-
-def test_a_policy_that_changes_within_a_round_is_learned_as_it_is_now() -> None:
-    noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
-    rows = [
-        FeedbackRow(
-            event_id=row.id,
-            subject=None,
-            kind="correction",
-            messages=row.messages,
-            text=row.completion,
-            may_train=True,
-            received_at=noon + timedelta(minutes=at),
-        )
-        for at, row in enumerate((*desk("act1"), *desk("act2")))
-    ]
-    result = compile_feedback(rows[::-1], CompileLimits())
-    gone = {event for event, reason in result.drops.items() if reason == Drop.SUPERSEDED}
-    assert {event.partition("/")[0] for event in gone} == superseded_by_author()
-    assert len(gone) == 12
 
 
 def test_answers_that_name_what_they_are_about_do_not_contradict_each_other() -> None:
