@@ -207,11 +207,12 @@ def _refusal(row: FeedbackRow) -> Drop | None:
 def _misfit(row: FeedbackRow, limits: CompileLimits) -> Drop | None:
     """Why the texts of a row cannot be trained on."""
     taught = row.text if row.kind in _WRITTEN else row.answer
+    used = (row.text, row.answer) if row.kind in _PREFERRED else (taught,)
     asked = [content for role, content in row.messages if role == "user"]
     if not words(taught) or not any(words(content) for content in asked):
         return Drop.EMPTY
     num_chars = sum(len(content) for _, content in row.messages)
-    longest = max(len(row.text), len(row.answer))
+    longest = max(map(len, used))
     if num_chars > limits.max_prompt_chars or longest > limits.max_answer_chars:
         return Drop.TOO_LONG
     return None

@@ -21,7 +21,7 @@ class Contradiction:
     one to three wordings of each side: the four changed facts reach 0.60 or more, any other pair
     with answers alike 0.42 or less.
 
-    Three guards keep what only fills the same template. Questions with other numbers, and answers
+    Guards keep what only fills the same template. Questions with other numbers, and answers
     that each repeat a word of their questions that the other side never says ("the lamp works"),
     are about other things. An answer to more than `max_wordings` questions may be a class label:
     each old row then stands alone, and its question must be nearly that of a new one

@@ -44,11 +44,9 @@ class ReplayStore:
         )
         return replace(self, rows=_bounded((*known.rows, *fresh), self.capacity, self.seed))
 
-    def supersede(
-        self, examples: Sequence[Example], rule: Contradiction | None = None
-    ) -> "ReplayStore":
-        """Without the rows that a newer example contradicts, by equal prompt or by `rule`."""
-        gone = {row.id for row in contradicted(self.rows, examples, rule or Contradiction())}
+    def supersede(self, examples: Sequence[Example]) -> "ReplayStore":
+        """Without the rows that a newer example contradicts."""
+        gone = {row.id for row in contradicted(self.rows, examples, Contradiction())}
         return replace(self, rows=tuple(row for row in self.rows if row.id not in gone))
 
     def delete(

@@ -153,6 +153,10 @@ def test_an_event_that_teaches_nothing_is_counted(dropped: FeedbackRow, reason: 
     assert [example.id for example in result.examples] == ["fb_002"]
 
 
+def test_a_correction_of_an_endless_answer_teaches() -> None:
+    assert len(compiled(row(1, answer="x " * 3000)).examples) == 1
+
+
 def test_a_comment_never_trains_whatever_it_carries() -> None:
     result = compiled(thumb(1, "desirable", kind="comment", text="Say yes."))
     assert (result.examples, result.pairs, result.judgements) == ((), (), ())
