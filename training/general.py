@@ -1,15 +1,25 @@
 """General rows: what the model could do before, to be kept (replay) or measured (probe).
 
-The home of `datasets`, which reads the formats that people have such rows in.
+They come from a file, or the base model writes them itself: this module chooses which of its drafts
+are fit, what makes it write them is left to others. The home of `datasets`, which reads the formats
+that people have such rows in.
 """
 
+import json
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import InputError
+from perennial.training.similar import Said, near_duplicates
+from perennial.training.text import clean, words
 
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".csv": "from_csv",
             ".parquet": "from_parquet"}  # fmt: skip
+_NEAR_DUPLICATE = 0.8
+_MAX_REPEATS = 3
 
 
 def load_general(path: Path) -> tuple[tuple[str, str], ...]:
@@ -33,3 +43,47 @@ def load_general(path: Path) -> tuple[tuple[str, str], ...]:
     if missing:
         raise InputError(f"{path} lacks the column {', '.join(sorted(missing))}")
     return tuple((str(row["prompt"]), str(row["answer"])) for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """A question that the base model thought of, and its own answer to it."""
+
+    prompt: str
+    answer: str
+    has_ended: bool  # the model ended the answer itself, it was not cut off
+
+
+def fit_drafts(drafts: Sequence[Draft], num_rows: int) -> tuple[Draft, ...]:
+    """The first `num_rows` drafts, cleaned, that hold the model to something worth keeping.
+
+    Left out are empty or cut off answers, those that go round in circles (three times four
+    words that were there before), and questions asked before in almost the same words.
+    """
+    cleaned = [
+        Draft(prompt=clean(draft.prompt), answer=clean(draft.answer), has_ended=True)
+        for draft in drafts
+        if draft.has_ended
+    ]
+    whole = [
+        draft
+        for draft in cleaned
+        if words(draft.prompt) and words(draft.answer) and not _is_circular(draft.answer)
+    ]
+    asked = [Said(context="", asked=draft.prompt, told="") for draft in whole]
+    flags = near_duplicates(asked, _NEAR_DUPLICATE)
+    distinct = [draft for draft, is_known in zip(whole, flags, strict=True) if not is_known]
+    return tuple(distinct[:num_rows])
+
+
+def write_general(path: Path, drafts: Sequence[Draft]) -> None:
+    """JSON Lines of prompt and answer, as `load_general` reads them; replaced as a whole."""
+    rows = ({"prompt": draft.prompt, "answer": draft.answer} for draft in drafts)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(path, text.encode())
+
+
+def _is_circular(text: str) -> bool:
+    found = words(text)
+    fours = [tuple(found[at : at + 4]) for at in range(len(found) - 3)]
+    return len(fours) - len(set(fours)) >= _MAX_REPEATS

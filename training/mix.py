@@ -1,4 +1,4 @@
-"""In which order new, replayed and general rows are seen.
+"""In which order new, replayed and general rows are seen, with pairs and judgements among them.
 
 Shares are of tokens, not rows: a long answer counts for what it costs. Everything follows from the
 seed, so a run that was killed finds the same batches. What a batch looks like inside is `batching`.
@@ -14,7 +14,7 @@ from perennial.training.batching import cut
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shares:
-    """Wanted parts of an epoch's tokens; new rows take the rest."""
+    """Wanted parts of an epoch's tokens; new rows, pairs and judgements take the rest."""
 
     replay: float
     general: float
@@ -24,27 +24,42 @@ class Shares:
 class Pick:
     """One row of one source, at one place of the order."""
 
-    source: int  # 0 new, 1 replay, 2 general
+    source: int  # 0 new, 1 replay, 2 general, 3 pairs, 4 judgements
     index: int
 
 
 Batch = tuple[Pick, ...]
+_REPLAY, _GENERAL, _JUDGEMENTS = 1, 2, 4
+# KTO's reference point is a mean over the judgements of a batch, so they come in handfuls.
+_TOGETHER = 8
 
 
 def plan_batches(
-    sizes: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    sizes: Sequence[Sequence[int]],
     shares: Shares,
     *,
     epochs: int,
     batch_tokens: int,
     seed: int,
 ) -> tuple[Batch, ...]:
-    """All batches of a run. `sizes` are tokens of the new, replay and general rows.
+    """All batches of a run; more epochs begin with the batches of fewer.
 
-    Each new row is seen once an epoch. Replay and general rows are drawn without repetition until
-    all were seen, then again. A source without rows gives its share to the others.
+    Each new row, pair and judgement is seen once an epoch. Replay and general rows are drawn
+    without repetition until all were seen, then again. A source without rows gives its share to the
+    others.
+
+    Args:
+        sizes: positive tokens of each row of the sources, in the order of `Pick.source`; a pair has
+            those of both answers. Pairs and judgements may be left out.
+        shares: of replay and general rows.
+        epochs: passes over the new rows.
+        batch_tokens: what a batch holds at most, unless one row or handful has more.
+        seed: equal for equal batches.
+
+    Raises:
+        InputError: there is nothing new.
     """
-    if not sizes[0]:
+    if not any(part for source, part in enumerate(sizes) if source not in (_REPLAY, _GENERAL)):
         raise InputError("there is no new row to train on")
     source = random.Random(seed)
     wanted = _wanted_tokens(sizes, shares)
@@ -53,9 +68,9 @@ def plan_batches(
     for _ in range(epochs):
         drawn = [deck.draw(num) for deck, num in zip(decks, wanted, strict=True)]
         order = _interleave(drawn, sizes)
-        lengths = [sizes[pick.source][pick.index] for pick in order]
+        lengths = [sum(sizes[pick.source][pick.index] for pick in handful) for handful in order]
         spans = cut(lengths, batch_tokens)
-        batches += [tuple(order[i] for i in span) for span in spans]
+        batches += [tuple(pick for i in span for pick in order[i]) for span in spans]
     return tuple(batches)
 
 
@@ -83,22 +98,30 @@ class _Deck:
         return drawn
 
 
-def _wanted_tokens(sizes: Sequence[Sequence[int]], shares: Shares) -> tuple[float, float, float]:
-    replay = shares.replay if sizes[1] else 0.0
-    general = shares.general if sizes[2] else 0.0
-    num_new = float(sum(sizes[0]))
-    total = num_new / (1 - replay - general)
-    return num_new, total * replay, total * general
+def _wanted_tokens(sizes: Sequence[Sequence[int]], shares: Shares) -> list[float]:
+    wanted = [float(sum(part)) for part in sizes]
+    parts = {_REPLAY: shares.replay, _GENERAL: shares.general}
+    share = {source: part if sizes[source] else 0.0 for source, part in parts.items()}
+    num_new = sum(num for source, num in enumerate(wanted) if source not in share)
+    total = num_new / (1 - sum(share.values()))
+    return [total * share[source] if source in share else num for source, num in enumerate(wanted)]
 
 
-def _interleave(drawn: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) -> list[Pick]:
+def _interleave(drawn: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) -> list[Batch]:
     """Each source spread evenly, so that every stretch of the order holds about its share."""
     placed = []
     for source, indices in enumerate(drawn):
         total = sum(sizes[source][index] for index in indices)
         before = 0.0
-        for index in indices:
-            size = sizes[source][index]
-            placed.append(((before + size / 2) / total, source, index))
+        for handful in _handfuls(source, indices):
+            size = sum(sizes[source][pick.index] for pick in handful)
+            placed.append(((before + size / 2) / total, source, handful))
             before += size
-    return [Pick(source=source, index=index) for _, source, index in sorted(placed)]
+    # Stable: handfuls at one place stay in the order they were drawn in.
+    return [handful for _, _, handful in sorted(placed, key=lambda place: place[:2])]
+
+
+def _handfuls(source: int, indices: Sequence[int]) -> list[Batch]:
+    size = _TOGETHER if source == _JUDGEMENTS else 1
+    picks = [Pick(source=source, index=index) for index in indices]
+    return [tuple(picks[at : at + size]) for at in range(0, len(picks), size)]
