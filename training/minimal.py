@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from perennial.training.config import TrainConfig
+from perennial.training.objective import GENERAL, Sources
 from perennial.training.tokens import TokenRow
-from perennial.training.trainer import GENERAL, Sources, learning_rate, plan
+from perennial.training.trainer import learning_rate, plan
 
 
 def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[float]:  # Any: peft

@@ -36,7 +36,8 @@ from perennial.training.job import EvalJob, TrainJob, read_eval_job, read_train_
 from perennial.training.machine import choose_threads, peak_rss_mb
 from perennial.training.progress import ProgressLog
 from perennial.training.tokens import TokenRow, encode_example
-from perennial.training.trainer import Sources, Trained
+from perennial.training.objective import Sources
+from perennial.training.trainer import Trained
 
 _NICENESS = 10  # serving and ingestion go first where they share the cores
 _EXIT_CODES: tuple[tuple[type[PerennialError], int], ...] = (

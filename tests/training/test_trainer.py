@@ -11,7 +11,7 @@ from perennial.training.config import TrainConfig
 from perennial.training.minimal import train_plainly
 from perennial.training.progress import StepRecord
 from perennial.training.tokens import encode_example
-from perennial.training.trainer import Sources
+from perennial.training.objective import Sources
 from tests.training.builders import example, tiny_model, tiny_tokenizer
 
 CONFIG = TrainConfig(
