@@ -4,7 +4,7 @@ Projections of one input share a matrix product, a frozen weight has no gradient
 row attends to the shared prefix and to itself instead of to a masked whole. For decoders built like
 Llama; `trunk` runs all others, and DoRA, through transformers and PEFT.
 
-Shapes: N packed tokens, D width, O outputs of a group of projections, R ranks of the group together,
+Shapes: N packed tokens, D width, O outputs of a group of projections, R the group's ranks together,
 H heads, E size of a head.
 """
 
@@ -20,10 +20,11 @@ _ADAPTER = "default"
 
 
 def can_fuse(model: Any) -> bool:  # Any: transformers
-    """True where the layers are Llama's and the adapter, if any, is plain LoRA."""
+    """True where the layers are Llama's, in fp32, and the adapter, if any, is plain LoRA."""
     config = model.config
     dora = any(getattr(module, "use_dora", {}).get(_ADAPTER) for module in model.modules())
-    return config.model_type in _TYPES and config.hidden_act == "silu" and not dora
+    is_known = config.model_type in _TYPES and config.hidden_act == "silu"
+    return is_known and model.dtype == torch.float32 and not dora
 
 
 class FusedLayer:
@@ -42,17 +43,18 @@ class FusedLayer:
 
     def __call__(self, hidden_ND: Tensor, rotary: tuple[Tensor, Tensor], rows: "Rows") -> Tensor:
         """The layer's output, (N, D)."""
-        heads_NHE = self._qkv(_norm(hidden_ND, self._norms[0])).unflatten(-1, (-1, self._head_size))
+        heads_NHE = self._qkv(_norm(hidden_ND, self._norms[0]))
+        heads_NHE = heads_NHE.view(len(hidden_ND), -1, self._head_size)
         num_turned = heads_NHE.shape[1] - self._num_values
-        turned_NHE, value_NHE = heads_NHE.split([num_turned, self._num_values], dim=1)
+        turned_NHE, value_NHE = torch.split(heads_NHE, [num_turned, self._num_values], 1)
         num_queries = num_turned - self._num_values
         if self._head_norms[0] is not None:
-            parts = turned_NHE.split([num_queries, self._num_values], dim=1)
+            parts = torch.split(turned_NHE, [num_queries, self._num_values], 1)
             turned_NHE = torch.cat(
                 [_norm(part, norm) for part, norm in zip(parts, self._head_norms, strict=True)], 1
             )
         turned_NHE = _Rotate.apply(turned_NHE, *rotary)  # type: ignore[no-untyped-call]  # torch
-        query_NHE, key_NHE = turned_NHE.split([num_queries, self._num_values], dim=1)
+        query_NHE, key_NHE = torch.split(turned_NHE, [num_queries, self._num_values], 1)
         mixed_NO = attend(query_NHE, key_NHE, value_NHE, rows).flatten(1)
         hidden_ND = self._out(mixed_NO, hidden_ND)
         both = self._gate_up(_norm(hidden_ND, self._norms[1]))
@@ -75,7 +77,8 @@ def attend(query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, rows: Rows) ->
     """
     sizes = [rows.num_prefix, *rows.sizes]
     parts = [
-        part.transpose(0, 1)[None].split(sizes, dim=2) for part in (query_NHE, key_NHE, value_NHE)
+        torch.split(part.transpose(0, 1)[None], sizes, dim=2)
+        for part in (query_NHE, key_NHE, value_NHE)
     ]
     (head, *queries), (first_key, *keys), (first_value, *values) = parts
     found = [_attend(head, first_key, first_value, None)] if rows.num_prefix else []
@@ -116,10 +119,12 @@ class _Group:
         if len(linears) > 1:
             self._weight = torch.cat([linear.weight.data for linear in linears])
             sizes = [linear.out_features for linear in linears]
-            for linear, part in zip(linears, self._weight.split(sizes), strict=True):
+            for linear, part in zip(linears, torch.split(self._weight, sizes), strict=True):
                 linear.weight.data = part
             if self._bias is not None:
-                self._bias = nn.Parameter(torch.cat([linear.bias.data for linear in linears]), False)
+                self._bias = nn.Parameter(
+                    torch.cat([linear.bias.data for linear in linears]), False
+                )
         self._modules = [module for module in modules if hasattr(module, "lora_A")]
 
     def __call__(self, input_ND: Tensor, residual_NO: Tensor | None = None) -> Tensor:
@@ -178,7 +183,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _columns(whole_NO: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return whole_NO.split([len(b) for b in bs], dim=1)
+    return torch.split(whole_NO, [len(b) for b in bs], dim=1)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -216,7 +221,7 @@ class _Rotate(torch.autograd.Function):
 def _turned(x_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
     cos, sin = cos_NE[:, None], sin_NE[:, None]
     half = x_NHE.shape[-1] // 2
-    turned = x_NHE * cos
+    turned: Tensor = x_NHE * cos
     turned[..., :half].addcmul_(x_NHE[..., half:], sin[..., :half], value=-1)
     turned[..., half:].addcmul_(x_NHE[..., :half], sin[..., half:])
     return turned

@@ -1,7 +1,7 @@
 """The training loop without speed: read it to know what `trainer` computes.
 
 Each row runs alone through the whole model, nothing is packed, shared or cached. A test holds both
-to equal losses. It trains no question dropout and writes no checkpoint.
+to equal losses. It knows no question dropout, no preferences and no checkpoint.
 """
 
 import math
@@ -28,6 +28,7 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
         labelled, distilled = [], []
         for pick in batch:
             row = sources.parts[pick.source][pick.index]
+            assert isinstance(row, TokenRow)
             if pick.source == GENERAL:
                 distilled.append(kl_to_base(model, row, config.kl_top_k))
             else:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from perennial.training.batching import Packed, cut, pack
 from perennial.training.config import TrainConfig
-from perennial.training.loss import PositionLosses, Targets, TopK, dpo, kto, top_k
+from perennial.training.loss import Targets, TopK, dpo, kto, top_k
 from perennial.training.mix import Batch, Pick
-from perennial.training.recipes import RECIPES, Pair, Thumbs, Unit, rows_of
+from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows_of
 from perennial.training.tokens import TokenRow
 from perennial.training.trunk import SplitModel
 
@@ -62,7 +62,7 @@ class Sums:
     labels: int
     general: int
     pairs: int
-    thumbs: int
+    judged: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,20 +139,20 @@ def teach(
 
 
 def sums(prepared: Prepared, batch: Batch, config: TrainConfig) -> Sums:
-    """How many labels, general positions, pairs and thumbs the batch has."""
+    """How many labels, general positions, pairs and judged answers the batch has."""
     num: Counter[str] = Counter()
     for pick in batch:
         unit = _unit(prepared, pick)
-        if isinstance(unit, Pair):
+        if isinstance(unit, PairRows):
             num["pairs"] += 1
-        elif isinstance(unit, Thumbs):
-            num["thumbs"] += len(unit.judged)
+        elif isinstance(unit, JudgedRows):
+            num["judged"] += len(unit.judged)
         elif pick.source == GENERAL:
             num["general"] += len(prepared.teachers[GENERAL, pick.index].tokens_TK)
         else:
             num["labels"] += unit.num_tokens - unit.num_prompt
     return Sums(
-        labels=num["labels"], general=num["general"], pairs=num["pairs"], thumbs=num["thumbs"]
+        labels=num["labels"], general=num["general"], pairs=num["pairs"], judged=num["judged"]
     )
 
 
@@ -177,7 +177,7 @@ def batch_loss(
         total=total,
         cross_entropy=_mean(found.ce_M[is_labelled], over.labels),
         kl=_mean(found.kl_M[is_general], over.general),
-        preference=preference.item() if over.pairs + over.thumbs else None,
+        preference=preference.item() if over.pairs + over.judged else None,
         num_tokens=len(packed.ids_N),
         row_losses=_row_losses(rows, packed, found.loss_M),
     )
@@ -218,7 +218,7 @@ def _references(
     units: Sequence[Unit],
     trunks: Mapping[tuple[int, int], tuple[Tensor, ...]],
 ) -> dict[tuple[int, int], Tensor]:
-    """Log-probability of each completion of a pair or of thumbs."""
+    """Log-probability of each completion of a pair or of judged answers."""
     found = {}
     for index, unit in enumerate(units):
         if isinstance(unit, TokenRow):
@@ -238,7 +238,8 @@ def _row_settings(
     A question that is never asked twice in the same words is learned by what its wordings share.
     Rows with a fixed teacher or reference stay whole.
     """
-    kinds, dropped = [], []
+    kinds: list[str] = []
+    dropped: list[frozenset[int]] = []
     for unit, pick in zip(units, batch, strict=True):
         is_general = pick.source == GENERAL
         kinds += [config.kl_scope if is_general else "completion"] * len(rows_of(unit))
@@ -259,7 +260,7 @@ def _source(unit: Unit, source: int) -> int:
 
 
 def _targets(prepared: Prepared, batch: Batch, packed: Packed, rows: Sequence[TokenRow]) -> Targets:
-    """Labels, and at the rows of a teacher what it says there; a teacher ends where its row ends."""
+    """Labels, and for the rows of a teacher what it says; a teacher ends where its row ends."""
     plain = _labels(packed)
     picks = [pick for pick in batch for _ in rows_of(_unit(prepared, pick))]
     taught = [(o, pick) for o, pick in enumerate(picks) if _key(pick) in prepared.teachers]
@@ -295,33 +296,35 @@ def _preference_loss(
     over: Sums,
     config: TrainConfig,
 ) -> Tensor:
-    """Mean DPO, with its cross-entropy, over pairs plus mean weighted KTO over thumbs."""
+    """Mean DPO, with its cross-entropy, over pairs plus mean weighted KTO over judged answers."""
     total, first = loss_M.new_zeros(()), 0
     units = [_unit(prepared, pick) for pick in batch]
     log_probs_R = _log_probs(packed, loss_M, sum(len(rows_of(unit)) for unit in units))
     for unit, pick in zip(units, batch, strict=True):
         ours = log_probs_R[first : first + len(rows_of(unit))]
         first += len(ours)
-        if isinstance(unit, Pair):
-            total = total + _pair_loss(unit, ours, prepared.references[_key(pick)], config) / over.pairs
-        elif isinstance(unit, Thumbs):
+        if isinstance(unit, PairRows):
+            total = (
+                total + _pair_loss(unit, ours, prepared.references[_key(pick)], config) / over.pairs
+            )
+        elif isinstance(unit, JudgedRows):
             ratio = ours - prepared.references[_key(pick)]
-            total = total + _thumbs_loss(unit, ratio, config) / over.thumbs
+            total = total + _judged_loss(unit, ratio, config) / over.judged
     return total
 
 
-def _pair_loss(pair: Pair, ours_2: Tensor, reference_2: Tensor, config: TrainConfig) -> Tensor:
+def _pair_loss(pair: PairRows, ours_2: Tensor, reference_2: Tensor, config: TrainConfig) -> Tensor:
     margin = reference_2[0] - reference_2[1]
     value = dpo(ours_2[0], ours_2[1], margin, beta=config.preference_beta)
     num_labels = pair.chosen.num_tokens - pair.chosen.num_prompt
     return value - config.dpo_sft_weight * ours_2[0] / num_labels
 
 
-def _thumbs_loss(thumbs: Thumbs, ratio_R: Tensor, config: TrainConfig) -> Tensor:
+def _judged_loss(group: JudgedRows, ratio_R: Tensor, config: TrainConfig) -> Tensor:
     judged, mismatched = ratio_R.chunk(2)
-    is_desirable = torch.tensor(thumbs.is_desirable)
-    value = kto(judged, mismatched, is_desirable, beta=config.preference_beta)
-    return (torch.tensor(thumbs.weights) * value).sum()
+    is_desirable = torch.tensor([label == "desirable" for label in group.labels])
+    weights = torch.where(is_desirable, config.desirable_weight, config.undesirable_weight)
+    return (weights * kto(judged, mismatched, is_desirable, beta=config.preference_beta)).sum()
 
 
 def _log_probs(packed: Packed, loss_M: Tensor, num_rows: int) -> Tensor:

@@ -10,7 +10,7 @@
 
 KL is forward, over the 20 likeliest tokens of a teacher: for a replayed row the model that had just
 learned it, cached then; for a general row the base, that is the adapter switched off. In every
-recipe a preference pair has DPO with a CE term on the chosen answer, and thumbs have KTO.
+recipe a preference pair has DPO with a CE term on the chosen answer, a judged answer KTO.
 """
 
 import random
@@ -22,7 +22,7 @@ from perennial.infra.errors import InputError
 from perennial.training.examples import Example, Turn
 from perennial.training.tokens import TokenRow, encode_example
 
-_GROUP = 8  # thumbs whose mismatched answers estimate one reference point
+_GROUP = 8  # judged answers whose mismatched ones estimate one reference point
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,32 +46,44 @@ class Preference(Protocol):
     """A user's edit: `chosen` instead of `rejected`."""
 
     @property
-    def id(self) -> str: ...
-    @property
-    def messages(self) -> tuple[Turn, ...]: ...
-    @property
-    def chosen(self) -> str: ...
-    @property
-    def rejected(self) -> str: ...
-
-
-class Thumb(Protocol):
-    """An answer that was liked or not; `weight` is the class weight λ."""
+    def id(self) -> str:
+        """Names the row in reports."""
 
     @property
-    def id(self) -> str: ...
+    def messages(self) -> tuple[Turn, ...]:
+        """The conversation."""
+
     @property
-    def messages(self) -> tuple[Turn, ...]: ...
+    def chosen(self) -> str:
+        """The better answer."""
+
     @property
-    def completion(self) -> str: ...
+    def rejected(self) -> str:
+        """The other."""
+
+
+class Judgement(Protocol):
+    """An answer and what its user thought of it."""
+
     @property
-    def is_desirable(self) -> bool: ...
+    def id(self) -> str:
+        """Names the row in reports."""
+
     @property
-    def weight(self) -> float: ...
+    def messages(self) -> tuple[Turn, ...]:
+        """The conversation."""
+
+    @property
+    def completion(self) -> str:
+        """The answer."""
+
+    @property
+    def label(self) -> str:
+        """One of "desirable", "undesirable"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
+class PairRows:
     """Two answers to one prompt; they share a step, so the prompt is computed once."""
 
     id: str
@@ -90,18 +102,20 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Thumbs:
-    """Judged rows that share a step, and each prompt again with the answer of the next row."""
+class JudgedRows:
+    """Judged answers that share a step, and each prompt again with the answer to the next one."""
 
     id: str
     judged: tuple[TokenRow, ...]
     mismatched: tuple[TokenRow, ...]
-    is_desirable: tuple[bool, ...]
-    weights: tuple[float, ...]
+    labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if len(self.judged) < 2:
-            raise InputError("KTO needs two thumbs or more in a step: one has no mismatched answer")
+            raise InputError(
+                f"KTO needs two judged answers or more, got {self.id} alone: its reference point "
+                "is taken from another row's answer"
+            )
 
     @property
     def rows(self) -> tuple[TokenRow, ...]:
@@ -114,7 +128,7 @@ class Thumbs:
         return sum(row.num_tokens for row in self.rows)
 
 
-Unit = TokenRow | Pair | Thumbs
+Unit = TokenRow | PairRows | JudgedRows
 
 
 def rows_of(unit: Unit) -> tuple[TokenRow, ...]:
@@ -122,23 +136,23 @@ def rows_of(unit: Unit) -> tuple[TokenRow, ...]:
     return (unit,) if isinstance(unit, TokenRow) else unit.rows
 
 
-def encode_pair(tokenizer: Any, pair: Preference, max_len: int) -> Pair:  # Any: transformers
+def encode_pair(tokenizer: Any, pair: Preference, max_len: int) -> PairRows:  # Any: transformers
     """Both answers as rows; errors as in `encode_example`."""
     chosen, rejected = (
         encode_example(tokenizer, _row(f"{pair.id}/{side}", pair.messages, answer), max_len)
         for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
     )
-    return Pair(id=pair.id, chosen=chosen, rejected=rejected)
+    return PairRows(id=pair.id, chosen=chosen, rejected=rejected)
 
 
-def encode_thumbs(
+def encode_judged(
     tokenizer: Any,  # Any: transformers
-    thumbs: Sequence[Thumb],
+    judgements: Sequence[Judgement],
     max_len: int,
     seed: int,
-) -> tuple[Thumbs, ...]:
-    """Groups of at most eight in seeded order; a lone last row joins the group before it."""
-    order = list(thumbs)
+) -> tuple[JudgedRows, ...]:
+    """Groups of about eight in seeded order; a lone last row joins the group before it."""
+    order = list(judgements)
     random.Random(seed).shuffle(order)
     groups = [order[start : start + _GROUP] for start in range(0, len(order), _GROUP)]
     if len(groups) > 1 and len(groups[-1]) == 1:
@@ -146,22 +160,20 @@ def encode_thumbs(
     return tuple(_encode_group(tokenizer, group, max_len) for group in groups)
 
 
-def _encode_group(tokenizer: Any, group: Sequence[Thumb], max_len: int) -> Thumbs:
-    def encoded(name: str, asked: Thumb, told: Thumb) -> TokenRow:
-        row = _row(f"{asked.id}{name}", asked.messages, told.completion)
-        return encode_example(tokenizer, row, max_len)
+def _encode_group(tokenizer: Any, group: Sequence[Judgement], max_len: int) -> JudgedRows:
+    def encoded(id_: str, asked: Judgement, told: Judgement) -> TokenRow:
+        return encode_example(tokenizer, _row(id_, asked.messages, told.completion), max_len)
 
-    following = [*group[1:], group[0]]
-    return Thumbs(
+    others = [*group[1:], group[0]]
+    return JudgedRows(
         id=group[0].id,
-        judged=tuple(encoded("", thumb, thumb) for thumb in group),
+        judged=tuple(encoded(row.id, row, row) for row in group),
         mismatched=tuple(
-            encoded("/mismatched", one, other)
-            for one, other in zip(group, following, strict=True)
+            encoded(f"{row.id}/mismatched", row, other)
+            for row, other in zip(group, others, strict=True)
         ),
-        is_desirable=tuple(thumb.is_desirable for thumb in group),
-        weights=tuple(thumb.weight for thumb in group),
-    )  # fmt: skip
+        labels=tuple(row.label for row in group),
+    )
 
 
 def _row(id_: str, messages: tuple[Turn, ...], completion: str) -> Example:

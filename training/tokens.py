@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perennial.infra.errors import InputError
+from perennial.infra.errors import InputError, TooLargeError
 from perennial.training.examples import Example, Turn
 
 Ids = NDArray[np.int64]
@@ -78,15 +78,16 @@ def encode_example(tokenizer: Any, example: Example, max_len: int) -> TokenRow:
     """The row as the model sees it in service, ending with the end-of-turn token.
 
     Raises:
-        InputError: the row is longer than `max_len` tokens.
+        TooLargeError: the row is longer than `max_len` tokens.
     """
     prompt, question = _encode_chat(tokenizer, example.messages)
     completion = [*encode_text(tokenizer, example.completion), int(tokenizer.eos_token_id)]
     if len(prompt) + len(completion) > max_len:
-        raise InputError(
+        raise TooLargeError(
             f"example {example.id} has {len(prompt) + len(completion)} tokens, more than "
             f"max_len {max_len}; raise max_len or shorten it",
             id=example.id,
+            num_tokens=len(prompt) + len(completion),
         )
     ids = np.array(prompt + completion, dtype=np.int64)
     return TokenRow(id=example.id, ids_T=ids, num_prompt=len(prompt), question=question)

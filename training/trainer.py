@@ -156,7 +156,7 @@ def gradients(
     Gradients of parts add up to the whole batch's, so a halved batch learns the same.
 
     Raises:
-        TrainingError: a part of one row, pair or group of thumbs does not fit.
+        TrainingError: a part of one row, pair or group of judged answers does not fit.
     """
     over = objective.sums(prepared, batch, config)
     while True:
@@ -196,7 +196,9 @@ def check_loss(
     that of the first five and worse than a uniform guess, whose loss is ln(vocabulary).
     """
     if math.isfinite(losses[-1]) and math.isfinite(norm):
-        first, last = (sum(part) / _LOOK_BACK for part in (losses[:_LOOK_BACK], losses[-_LOOK_BACK:]))
+        first, last = (
+            sum(part) / _LOOK_BACK for part in (losses[:_LOOK_BACK], losses[-_LOOK_BACK:])
+        )
         if len(losses) < 2 * _LOOK_BACK or last <= max(2 * first, math.log(vocabulary)):
             return
         trouble = f"loss diverges: {first:.3g} at first, now {last:.3g}"

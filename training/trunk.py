@@ -38,7 +38,7 @@ class SplitModel:
     ) -> None:
         self.model = model
         self.decoder = model.model
-        self.head: nn.Module = model.get_output_embeddings()
+        self.head: Any = model.get_output_embeddings()
         can_split = model.config.model_type in _SPLITTABLE
         self.num_frozen = num_frozen if can_split else 0
         self._layers = self.decoder.layers
@@ -92,7 +92,7 @@ class SplitModel:
         if not gap < 1e-3 * max(1.0, float(whole.abs().max())):
             raise TrainingError(
                 f"trunk and kernels do not fit {self.model.config.model_type}: logits "
-                f"differ by {gap:.2g}; set top_layers to the number of layers and kernels to 'plain'",
+                f"differ by {gap:.2g}; set top_layers to the number of layers, kernels to 'plain'",
                 gap=gap,
             )
 

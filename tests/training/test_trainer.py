@@ -9,9 +9,9 @@ from perennial.infra.errors import ModelMissingError, TrainingError
 from perennial.training import lora, modelfiles, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.minimal import train_plainly
+from perennial.training.objective import Sources
 from perennial.training.progress import StepRecord
 from perennial.training.tokens import encode_example
-from perennial.training.objective import Sources
 from tests.training.builders import example, tiny_model, tiny_tokenizer
 
 CONFIG = TrainConfig(
