@@ -81,6 +81,8 @@ class TrainConfig:
         self._require("replay_share", total < 1, "below 1 together with general_share")
         for name, allowed in _CHOICES.items():
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        is_measured = self.kl_budget == 0 or "anchor" in self.recipe
+        self._require("kl_budget", is_measured, "0 with a recipe that does not measure the KL")
         is_split = self.method == "lora" or self.start in ("parent", "base")
         self._require("start", is_split, "parent or base with method dora, which has no plain ΔW")
         is_whole = self.method == "lora" or self.shrink == 1

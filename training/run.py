@@ -2,7 +2,8 @@
 
 It has memory and a crash of its own, so serving never shares either. Running it twice is safe: a
 finished output is found, a killed one goes on from its checkpoint. Exit codes: 0 done, 2 bad job or
-rows, 3 model or adapter missing, 4 training diverged, 5 damaged files, 1 anything else.
+rows, 3 model or adapter missing, 4 training diverged or does not fit in memory, 5 damaged files, 6
+the disk is full or cannot be written, 1 anything else.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from perennial.infra.errors import (
     ModelMissingError,
     PerennialError,
     TrainingError,
+    UnavailableError,
 )
 from perennial.training import lora, modelfiles, rounds, trainer
 from perennial.training.cache import TrunkCache, folder_digest
@@ -39,18 +41,20 @@ from perennial.training.machine import choose_threads, peak_rss_mb
 from perennial.training.objective import Sources, TrunkOf, teach
 from perennial.training.progress import ProgressLog
 from perennial.training.recipes import RECIPES
-from perennial.training.rows import rows_of_job
+from perennial.training.rows import Rows, rows_of_job
 from perennial.training.teachers import write_teachers
 from perennial.training.tokens import TokenRow
 from perennial.training.trainer import Trained
 from perennial.training.trunk import SplitModel
 
 _NICENESS = 10  # serving and ingestion go first where they share the cores
+_DISK = 6
 _EXIT_CODES: tuple[tuple[type[PerennialError], int], ...] = (
     (InputError, 2),
     (ModelMissingError, 3),
     (TrainingError, 4),
     (IntegrityError, 5),
+    (UnavailableError, _DISK),
 )
 
 
@@ -68,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PerennialError as error:
         sys.stderr.write(f"{error.code}: {error}\n")
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+    except OSError as error:
+        sys.stderr.write(f"cannot write under {parsed.out}: {error}; free space and run it again\n")
+        return _DISK
     return 0
 
 
@@ -83,42 +90,31 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
     torch.use_deterministic_algorithms(True)
     # It would fill every new tensor, 3% of a round; nothing reads memory before it is written.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
-    folder = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
-    tokenizer = modelfiles.load_tokenizer(folder)
-    model = lora.attach(modelfiles.load_model(folder), job.config)
     parent = rounds.read_lineage(job.parent_adapter) if job.parent_adapter else None
     beginning = rounds.begin(job.config, parent)
-    rows = rows_of_job(job, tokenizer, is_rebuild=parent is not None and beginning.start == "base")
+    base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
+    is_rebuild = parent is not None and beginning.start == "base"
+    rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
+    model = lora.attach(modelfiles.load_model(base), job.config)
     _load_start(model, job, beginning.start)
     checkpoints = out / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    with ProgressLog(out / "progress.jsonl", console) as log:
-        trained = trainer.train(
-            model,
-            rows.sources,
-            job.config,
-            checkpoints=checkpoints,
-            job=job.digest,
-            on_step=log.step,
-            trunk_of=_trunk_of(job, folder),
-        )
+    trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
     for old in (adapter, out / "fast", out / "teachers"):
         shutil.rmtree(old, ignore_errors=True)  # of another job, or of this one killed at the end
     alphas = _finish(model, job, beginning.start, parent, rows.dev, out)
     _keep_teachers(model, job.config, rows.sources, out / "teachers")
-    lineage = rounds.after(None if beginning.start == "base" else parent, trained.kl_to_base)
+    lineage = rounds.after(None if is_rebuild else parent, trained.kl_to_base)
     manifest = artifacts.publish(adapter, lambda inner: _write_adapter(model, job, lineage, inner))
-    seconds = time.monotonic() - started
     body = {
-        **_summary(job, trained, rows.sources, manifest.digest, num_threads, seconds),
+        **_summary(job, trained, rows, manifest.digest, num_threads),
         "start": asdict(beginning),
         "lineage": asdict(lineage),
         "dev_loss_by_alpha": alphas,
-        "left_out": [asdict(row) for row in rows.left_out],
+        "wall_s": time.monotonic() - started,
     }
     artifacts.write_atomic(summary, json.dumps(body, indent=1).encode())
     shutil.rmtree(checkpoints)
-    console.print(f"adapter {adapter} · {seconds:.0f} s · peak {peak_rss_mb():.0f} MB")
+    console.print(f"adapter {adapter} · {body['wall_s']:.0f} s · peak {peak_rss_mb():.0f} MB")
 
 
 def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
@@ -144,6 +140,27 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
         lora.unmerge(model, kept)
     body = {"results": table, "wall_s": time.monotonic() - started, "peak_rss_mb": peak_rss_mb()}
     artifacts.write_atomic(out / "summary.json", json.dumps(body, indent=1).encode())
+
+
+def _train(
+    model: Any,  # Any: peft
+    sources: Sources,
+    job: TrainJob,
+    checkpoints: Path,
+    trunk_of: TrunkOf,
+    console: Console,
+) -> Trained:
+    checkpoints.mkdir(exist_ok=True)
+    with ProgressLog(checkpoints.parent / "progress.jsonl", console) as log:
+        return trainer.train(
+            model,
+            sources,
+            job.config,
+            checkpoints=checkpoints,
+            job=job.digest,
+            on_step=log.step,
+            trunk_of=trunk_of,
+        )
 
 
 def _load_start(model: Any, job: TrainJob, start: Start) -> None:  # Any: peft
@@ -216,14 +233,9 @@ def _trunk_of(job: TrainJob, model_folder: Path) -> TrunkOf:
 
 
 def _summary(
-    job: TrainJob,
-    trained: Trained,
-    sources: Sources,
-    digest: str,
-    num_threads: int,
-    seconds: float,
+    job: TrainJob, trained: Trained, rows: Rows, digest: str, num_threads: int
 ) -> dict[str, object]:
-    new, replay, general = (len(part) for part in sources.parts)
+    new, replay, general = (len(part) for part in rows.sources.parts)
     return {
         **asdict(trained),
         "job_digest": job.digest,
@@ -232,8 +244,9 @@ def _summary(
         "config": job.config.to_json(),
         "config_fingerprint": job.config.fingerprint,
         "num_rows": {"new": new, "replay": replay, "general": general},
+        "num_taught": len(rows.sources.teachers),
+        "left_out": [asdict(row) for row in rows.left_out],
         "num_threads": num_threads,
-        "wall_s": seconds,
         "peak_rss_mb": peak_rss_mb(),
     }
 
