@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from perennial.training.config import TrainConfig
-from perennial.training.objective import GENERAL, Sources
+from perennial.training.loss import TopK
+from perennial.training.objective import GENERAL, REPLAY, Sources
+from perennial.training.recipes import RECIPES
 from perennial.training.tokens import TokenRow
 from perennial.training.trainer import learning_rate, plan
 
@@ -31,8 +33,13 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
             assert isinstance(row, TokenRow)
             if pick.source == GENERAL:
                 distilled.append(kl_to_base(model, row, config.kl_top_k))
-            else:
-                labelled.append(completion_losses(model, row))
+                continue
+            blend = RECIPES[config.recipe].replay_blend or 0.0
+            teacher = sources.teachers.get(row.id) if pick.source == REPLAY else None
+            losses = completion_losses(model, row)
+            if blend and teacher is not None:
+                losses = (1 - blend) * losses + blend * kl(model, row, teacher)
+            labelled.append(losses)
         loss = torch.zeros(())
         if labelled:
             loss = loss + torch.cat(labelled).mean()
@@ -57,12 +64,17 @@ def completion_losses(model: Any, row: TokenRow) -> Tensor:  # Any: peft
 
 
 def kl_to_base(model: Any, row: TokenRow, k: int) -> Tensor:  # Any: peft
-    """KL of the base's top k tokens and one bucket for the rest, at each completion token."""
+    """KL to the base, which is the model with its adapter off, at each completion token."""
     with torch.no_grad(), model.disable_adapter():
         base = torch.log_softmax(completion_logits(model, row), dim=-1)
+    log_probs, tokens = base.topk(min(k, base.shape[-1]), dim=-1)
+    return kl(model, row, TopK(tokens_TK=tokens, log_probs_TK=log_probs))
+
+
+def kl(model: Any, row: TokenRow, teacher: TopK) -> Tensor:  # Any: peft
+    """KL of the teacher's top tokens and one bucket for the rest, at each completion token."""
     ours = torch.log_softmax(completion_logits(model, row), dim=-1)
-    p, tokens = base.topk(min(k, base.shape[-1]), dim=-1)
-    q = ours.gather(-1, tokens)
+    p, q = teacher.log_probs_TK, ours.gather(-1, teacher.tokens_TK)
     p_rest = (1 - p.exp().sum(-1)).clamp_min(1e-6)
     q_rest = (1 - q.exp().sum(-1)).clamp_min(1e-6)
     return (p.exp() * (p - q)).sum(-1) + p_rest * (p_rest / q_rest).log()

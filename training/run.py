@@ -203,15 +203,15 @@ def _finish(
 
 
 def _keep_teachers(model: Any, config: TrainConfig, sources: Sources, folder: Path) -> None:
-    """What the model now says about its new rows, and was told about the replayed ones."""
+    """What the replayed rows were told, and what the model says now about its new ones."""
     if not RECIPES[config.recipe].replay_blend:
         return
+    replayed = [row for row in sources.replay if row.id in sources.teachers]
     new = [unit for unit in sources.new if isinstance(unit, TokenRow)]
     split = SplitModel(model.get_base_model(), 0, config.kernels)
-    taught = teach(split, new, None, "completion", config)
-    replayed = [row for row in sources.replay if row.id in sources.teachers]
-    taught += [sources.teachers[row.id] for row in replayed]
-    write_teachers(folder, [*new, *replayed], taught)
+    taught = [sources.teachers[row.id] for row in replayed]
+    taught += teach(split, new, None, "completion", config)
+    write_teachers(folder, [*replayed, *new], taught)
 
 
 def _write_adapter(model: Any, job: TrainJob, lineage: rounds.Lineage, folder: Path) -> None:
