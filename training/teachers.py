@@ -20,7 +20,7 @@ _INDEX, _TOKENS, _LOG_PROBS = "index.json", "tokens.npy", "log_probs.npy"
 
 
 def write_teachers(folder: Path, rows: Sequence[TokenRow], taught: Sequence[TopK]) -> None:
-    """Publish `folder`: one entry a row, by its id and a digest of its tokens; of equal ids the last."""
+    """Publish `folder`: an entry for each row id, with a digest of its tokens; the last counts."""
 
     def write(inner: Path) -> None:
         index, start = {}, 0
