@@ -87,16 +87,17 @@ def prepare(
     trunk_of: TrunkOf = SplitModel.trunk,
 ) -> Prepared:
     """One pass over all rows; the adapter is off, except for the reference "start"."""
-    base = model.get_base_model()
+    base, recipe = model.get_base_model(), RECIPES[config.recipe]
     num_frozen = max(0, base.config.num_hidden_layers - config.top_layers)
     split = SplitModel(base, num_frozen, config.kernels)
     with model.disable_adapter():
         split.check_split(rows_of(sources.new[0])[0])
         trunks = _trunks(split, sources, config, trunk_of)
-        general = [trunks[GENERAL, i][0] for i in range(len(sources.general))] if trunks else None
-        taught = teach(split, sources.general, general, config.kl_scope, config)
+        general = sources.general if recipe.is_anchored else ()
+        known = [trunks[GENERAL, i][0] for i in range(len(general))] if trunks else None
+        taught = teach(split, general, known, config.kl_scope, config)
     teachers = {(GENERAL, index): teacher for index, teacher in enumerate(taught)}
-    if RECIPES[config.recipe].replay_blend:
+    if recipe.replay_blend:
         teachers |= {
             (REPLAY, index): sources.teachers[row.id]
             for index, row in enumerate(sources.replay)
@@ -111,7 +112,7 @@ def prepare(
         trunks=trunks,
         teachers=teachers,
         references=references,
-        blend_of=(0.0, RECIPES[config.recipe].replay_blend or 0.0, 1.0),
+        blend_of=(0.0, recipe.replay_blend or 0.0, 1.0),
     )
 
 
@@ -200,9 +201,12 @@ def _trunks(
 ) -> dict[tuple[int, int], tuple[Tensor, ...]]:
     if not split.num_frozen:
         return {}
+    recipe = RECIPES[config.recipe]
+    is_drawn = (True, recipe.replay_blend is not None, recipe.is_anchored)
     keyed = [
         ((source, index), row)
         for source, part in enumerate(sources.parts)
+        if is_drawn[source]
         for index, unit in enumerate(part)
         for row in rows_of(unit)
     ]
@@ -236,7 +240,7 @@ def _row_settings(
     """Of each row: which tokens are labels, and which positions of its question to leave out.
 
     A question that is never asked twice in the same words is learned by what its wordings share.
-    Rows with a fixed teacher or reference stay whole.
+    General rows and preferences stay whole for what they are compared with.
     """
     kinds: list[str] = []
     dropped: list[frozenset[int]] = []
