@@ -67,7 +67,10 @@ def read_train_job(path: Path) -> TrainJob:
     config = configs.from_json(_mapping(raw, "config", {}))
     if config.start == "blend" and parent is not None and rows["dev_rows"] is None:
         raise ConfigError("start 'blend' needs dev_rows to choose α by", name="dev_rows")
-    folders = [folder / MANIFEST if folder else None for folder in (parent, fast, teachers)]
+    adapters = [
+        folder / "adapter_model.safetensors" if folder else None for folder in (parent, fast)
+    ]
+    manifest = teachers / MANIFEST if teachers else None
     settings = [raw["base_model"], config.to_json()]
     return TrainJob(
         base_model=_text(raw, "base_model"),
@@ -81,7 +84,7 @@ def read_train_job(path: Path) -> TrainJob:
         general_rows=rows["general_rows"],
         config=config,
         num_threads=_threads(raw),
-        digest=_digest(settings, (*rows.values(), *folders)),
+        digest=_digest(settings, (*rows.values(), *adapters, manifest)),
     )
 
 

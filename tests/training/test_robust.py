@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_from_it
     assert found.resumed_from == 3
     whole, _, _ = trained(CONFIG, tmp_path / "whole", sources)
     for name, weight in lora.state(whole).items():
-        torch.testing.assert_close(lora.state(resumed)[name], weight, atol=1e-6, rtol=0)
+        torch.testing.assert_close(lora.state(resumed)[name], weight, atol=1e-5, rtol=0)
 
 
 def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
