@@ -84,7 +84,7 @@ OUT_OF_MEMORY = """
         return t.lora.state(model), found, [s.loss for s in steps]
     t.trained(t.with_fields(epochs=1), folder, t.Sources(new=t.encoded(0, 3)))  # libraries loaded
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 1_500_000_000, -1))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000, -1))
     tight, found, losses = train("tight")
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
     free, whole, wanted = train("free")

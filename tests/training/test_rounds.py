@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,8 @@ def test_the_cache_is_bounded_and_what_was_used_last_stays(tmp_path: Path) -> No
     split, rows = Counting(), token_rows(3)
     cache_in(tmp_path).trunk(split, rows[:2], 200)
     size = max(path.stat().st_size for path in tmp_path.iterdir())
+    for path in tmp_path.iterdir():
+        os.utime(path, (1, 1))
     cache_in(tmp_path).trunk(split, rows[:1], 200)
     small = cache_in(tmp_path, max_bytes=2 * size + 300)
     small.trunk(split, rows[2:], 200)
