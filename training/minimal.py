@@ -36,10 +36,10 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
                 continue
             blend = RECIPES[config.recipe].replay_blend or 0.0
             teacher = sources.teachers.get(row.id) if pick.source == REPLAY else None
-            losses = completion_losses(model, row)
+            of_row = completion_losses(model, row)
             if blend and teacher is not None:
-                losses = (1 - blend) * losses + blend * kl(model, row, teacher)
-            labelled.append(losses)
+                of_row = (1 - blend) * of_row + blend * kl(model, row, teacher)
+            labelled.append(of_row)
         loss = torch.zeros(())
         if labelled:
             loss = loss + torch.cat(labelled).mean()
