@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from perennial.infra.artifacts import MANIFEST
 from perennial.infra.errors import ConfigError, InputError
 from perennial.training import config as configs
 from perennial.training.config import TrainConfig
@@ -24,6 +25,9 @@ class TrainJob:
     base_model: str
     cache_dir: Path
     parent_adapter: Path | None
+    fast_adapter: Path | None  # of start "slow-fast": the folder fast/ of the parent's round
+    teachers: Path | None  # of the replayed rows: the folder teachers/ of the parent's round
+    dev_rows: Path | None  # of start "blend": rows that choose α
     train_rows: Path
     replay_rows: Path | None
     general_rows: Path | None
@@ -53,24 +57,34 @@ def read_train_job(path: Path) -> TrainJob:
     """
     raw = _read(path, required=("base_model", "train_rows"), optional=_TRAIN_OPTIONAL)
     home = path.parent
-    rows = {name: _path(raw, name, home) for name in ("train_rows", "replay_rows", "general_rows")}
-    parent = _path(raw, "parent_adapter", home)
+    names = ("train_rows", "replay_rows", "general_rows", "dev_rows")
+    rows = {name: _path(raw, name, home) for name in names}
+    parent, fast = _path(raw, "parent_adapter", home), _path(raw, "fast_adapter", home)
+    teachers = _path(raw, "teachers", home)
     train_rows = rows["train_rows"]
     if train_rows is None:
         raise ConfigError("train_rows must name a file, got null", name="train_rows")
     config = configs.from_json(_mapping(raw, "config", {}))
-    weights = parent / "adapter_model.safetensors" if parent else None
+    if config.start == "blend" and parent is not None and rows["dev_rows"] is None:
+        raise ConfigError("start 'blend' needs dev_rows to choose α by", name="dev_rows")
+    adapters = [
+        folder / "adapter_model.safetensors" if folder else None for folder in (parent, fast)
+    ]
+    manifest = teachers / MANIFEST if teachers else None
     settings = [raw["base_model"], config.to_json()]
     return TrainJob(
         base_model=_text(raw, "base_model"),
         cache_dir=_path(raw, "cache_dir", home) or home / "models",
         parent_adapter=parent,
+        fast_adapter=fast,
+        teachers=teachers,
+        dev_rows=rows["dev_rows"],
         train_rows=train_rows,
         replay_rows=rows["replay_rows"],
         general_rows=rows["general_rows"],
         config=config,
         num_threads=_threads(raw),
-        digest=_digest(settings, (*rows.values(), weights)),
+        digest=_digest(settings, (*rows.values(), *adapters, manifest)),
     )
 
 
@@ -99,6 +113,9 @@ def read_eval_job(path: Path) -> EvalJob:
 _TRAIN_OPTIONAL = (
     "cache_dir",
     "parent_adapter",
+    "fast_adapter",
+    "teachers",
+    "dev_rows",
     "replay_rows",
     "general_rows",
     "config",

@@ -1,4 +1,4 @@
-"""What this machine gives to training: threads, and how much memory was used."""
+"""What this machine gives to training: threads and memory."""
 
 import os
 import resource
@@ -29,3 +29,9 @@ def peak_rss_mb() -> float:
     """Most memory this process has held, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch, its CPU allocator and Python raise when memory is refused."""
+    refused = "allocate memory" in str(error) or "bad_alloc" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or refused

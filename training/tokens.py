@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perennial.infra.errors import InputError
+from perennial.infra.errors import InputError, TooLargeError
 from perennial.training.examples import Example, Judgement, Pair, Turn
 
 Ids = NDArray[np.int64]
@@ -82,7 +82,7 @@ def encode_example(
     """The row as the model sees it in service, ending with the end-of-turn token.
 
     Raises:
-        InputError: the row is longer than `max_len` tokens.
+        TooLargeError: the row is longer than `max_len` tokens.
     """
     return _encode(tokenizer, example.id, example.messages, example.completion, max_len)
 
@@ -109,10 +109,11 @@ def _encode(
     prompt, question = _encode_chat(tokenizer, messages)
     completion = [*encode_text(tokenizer, answer), int(tokenizer.eos_token_id)]
     if len(prompt) + len(completion) > max_len:
-        raise InputError(
+        raise TooLargeError(
             f"row {row_id} has {len(prompt) + len(completion)} tokens, more than "
             f"max_len {max_len}; raise max_len or shorten it",
             id=row_id,
+            num_tokens=len(prompt) + len(completion),
         )
     ids = np.array(prompt + completion, dtype=np.int64)
     return TokenRow(id=row_id, ids_T=ids, num_prompt=len(prompt), question=question)
