@@ -81,7 +81,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """A request with everything read and checked; `left_out` counts rows longer than the context."""
+    """A request with everything read and checked; `left_out` counts rows that were too long."""
 
     request: Request
     tasks: tuple[Task, ...]

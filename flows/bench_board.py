@@ -1,4 +1,4 @@
-"""How far a benchmark is: a bar with the time left in a terminal, a line for each step elsewhere."""
+"""How far a benchmark is: a bar with the time left in a terminal, elsewhere a line for a step."""
 
 import time
 from typing import Self
@@ -54,8 +54,6 @@ class StepBoard:
         now = time.monotonic()
         num = self._num_done + self._num_ended
         left_s = (now - self._started) / self._num_ended * (self._num_steps - num)
-        self._console.print(
-            f"{num}/{self._num_steps} {self._name} · {now - self._began:.0f} s · ETA {left_s:.0f} s",
-            highlight=False,
-            markup=False,
-        )
+        took = f"{now - self._began:.0f} s · ETA {left_s:.0f} s"
+        text = f"{num}/{self._num_steps} {self._name} · {took}"
+        self._console.print(text, highlight=False, markup=False)
