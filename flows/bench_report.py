@@ -207,12 +207,11 @@ def _result(bench: Bench, arms: Mapping[str, Measured], weights: Weights) -> Jso
 
 def _arm(name: str, arms: Mapping[str, Measured], weights: Weights) -> Json:
     arm = arms[name]
-    found = {metric: interval(draws) for metric, draws in arm.draws.items()}
-    ratios = {
+    every: dict[str, Interval | None] = {
         "ap_over_joint": _ratio(arm, arms.get("joint"), "ap"),
         "la_over_single": _ratio(arm, arms.get("single"), "la"),
     }
-    every: dict[str, Interval | None] = {**found, **ratios}
+    every.update((metric, interval(draws)) for metric, draws in arm.draws.items())
     naive = arms.get("naive")
     is_timed = naive is not None and naive.wall_s and arm.wall_s
     return {

@@ -97,12 +97,14 @@ def r_matrix(run: Run, weights: Weights) -> Floats:
 
 def average_performance(r_BTT: Floats) -> Floats:
     """AP: mean over tasks of the score after the last round."""
-    return r_BTT[:, -1, :].mean(axis=-1)
+    final: Floats = r_BTT[:, -1, :].mean(axis=-1)
+    return final
 
 
 def learning_accuracy(r_BTT: Floats) -> Floats:
     """LA: mean over tasks of the score right after the task was learned."""
-    return np.diagonal(r_BTT, axis1=1, axis2=2).mean(axis=-1)
+    learned: Floats = np.diagonal(r_BTT, axis1=1, axis2=2).mean(axis=-1)
+    return learned
 
 
 def backward_transfer(r_BTT: Floats) -> Floats:

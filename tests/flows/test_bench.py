@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -48,14 +52,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, a stream of two rounds of which the second overrides the first, general rows."""
+    """A tiny model, general rows, and two rounds of which the second overrides the first."""
     home = tmp_path_factory.mktemp("bench")
     save_tiny(home / "tiny")
     for part, wording in (("train", "item {}"), ("test", "what is {}")):
-        for name, box in (("01-boxes", "a"), ("02-moved", "b")):
+        for name, box, items in (("01-boxes", "a", (0, 1, 2, 3)), ("02-moved", "b", (0, 7, 8, 9))):
             rows: list[dict[str, Any]] = [
                 {"instruction": wording.format(i), "input": "", "outputs": [f"{box}{i}"]}
-                for i in range(4)
+                for i in items
             ]
             if (name, part) == ("02-moved", "test"):
                 rows[0]["forbid"] = ["a0"]
@@ -200,6 +204,50 @@ def test_rows_that_do_not_fit_are_counted_and_left_out(inputs: Path, tmp_path: P
     write_rows(tmp_path / "s" / "01-a.test.jsonl", [{"instruction": "x", "outputs": ["a"]}])
     with pytest.raises(InputError, match="no row has at most 512 tokens"):
         prepare(settings(inputs), request(inputs, tmp_path, stream=tmp_path / "s"))
+
+
+@pytest.mark.slow
+def test_a_command_killed_with_sigkill_goes_on_to_equal_figures(
+    inputs: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert command(inputs, whole).wait(timeout=300) == 0
+
+    child = command(inputs, killed)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and child.poll() is None:
+        if any((killed / "work").glob("*/train/summary.json")):
+            break
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert not (killed / "result.json").exists()
+    assert command(inputs, killed).wait(timeout=300) == 0
+
+    first, second = (json.loads((out / "result.json").read_bytes()) for out in (whole, killed))
+    assert without_times(first) == without_times(second)
+
+
+def command(inputs: Path, out: Path) -> subprocess.Popen[bytes]:
+    """The command line with one arm, in processes of its own."""
+    options = {
+        "--stream": inputs / "stream",
+        "--general": inputs / "probe.jsonl",
+        "--arms": "naive",
+        "--out": out,
+    }
+    argv = [sys.executable, "-m", "perennial.flows.cli", "bench", "continual"]
+    environment = {
+        **os.environ,
+        "PERENNIAL_MODEL__NAME": str(inputs / "tiny"),
+        "PERENNIAL_MODEL__THREADS": "1",
+        "PERENNIAL_TRAINING__OVERRIDES": "{ rank = 4, epochs = 2, batch_tokens = 100 }",
+    }
+    return subprocess.Popen(
+        [*argv, *(str(part) for pair in options.items() for part in pair)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 @pytest.mark.parametrize(
