@@ -38,6 +38,7 @@ from perennial.training.stream import (
     choose_graders,
     ordered,
     read_stream,
+    spread,
 )
 from perennial.training.text import clean
 from perennial.training.tokens import encode_example, encode_text
@@ -276,7 +277,7 @@ def _general(path: Path, max_rows: int | None) -> tuple[Example, ...]:
     )
     if not rows:
         raise InputError(f"{path} has no general row with a prompt and an answer", path=str(path))
-    return rows[:max_rows]
+    return spread(rows, max_rows)
 
 
 def _write_suites(bench: Bench) -> None:

@@ -354,7 +354,9 @@ def bench() -> None:
 @click.option(
     "--order", default="given", show_default=True, help="Of the rounds: given, reversed, or both."
 )
-@click.option("--rows", type=click.IntRange(1), help="At most so many rows of every file.")
+@click.option(
+    "--rows", type=click.IntRange(1), help="At most so many rows of every file, spread over it."
+)
 @click.option(
     "--grader",
     "graders",

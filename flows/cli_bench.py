@@ -68,7 +68,7 @@ def run_continual(settings: Settings, request: Request) -> None:
     console.print(_table(result))
     console.print(f"report: {request.out / 'index.html'}", soft_wrap=True)
     if settings.mlflow.uri:
-        console.print(f"MLflow: {_log(settings, bench, result)}", soft_wrap=True)
+        console.print(f"MLflow: {log_result(settings, bench, result)}", soft_wrap=True)
 
 
 def _execute(
@@ -82,8 +82,8 @@ def _execute(
     run_training_process(command, job, out, settings, on_line=on_line)
 
 
-def _log(settings: Settings, bench: Bench, result: Json) -> str:
-    """Figures, page and plots in MLflow; the same benchmark again is the same run."""
+def log_result(settings: Settings, bench: Bench, result: Json) -> str:
+    """Where MLflow shows figures, page and plots; the same benchmark again is the same run."""
     from perennial.registry.mlflow_store import MlflowStore
 
     store, out = MlflowStore(settings.mlflow.uri), bench.request.out

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from perennial.infra.errors import InputError
 from perennial.training.examples import Example, read_jsonl
@@ -17,6 +17,7 @@ from perennial.training.grading import Grader, default_grader
 from perennial.training.text import clean
 
 Order = Literal["given", "reversed"]
+Row = TypeVar("Row")
 _FILE = re.compile(r"(\d+-[A-Za-z0-9._-]+)\.(train|test)\.jsonl")
 
 
@@ -48,7 +49,7 @@ class Task:
 
 
 def read_stream(folder: Path, max_rows: int | None = None) -> tuple[Task, ...]:
-    """The tasks by number, each with at most the first `max_rows` train and test rows.
+    """The tasks by number, each with at most `max_rows` train and test rows (see `spread`).
 
     Raises:
         InputError: the folder holds no task, a task lacks one of its files, a file has another
@@ -70,11 +71,22 @@ def read_stream(folder: Path, max_rows: int | None = None) -> tuple[Task, ...]:
     return tuple(
         Task(
             name=name,
-            train=_rows(parts[name]["train"])[:max_rows],
-            test=_rows(parts[name]["test"])[:max_rows],
+            train=spread(_rows(parts[name]["train"]), max_rows),
+            test=spread(_rows(parts[name]["test"]), max_rows),
         )
         for name in names
     )
+
+
+def spread(rows: Sequence[Row], most: int | None) -> tuple[Row, ...]:
+    """All rows, or `most` of them at even distances: files are often sorted by what they ask.
+
+    >>> spread("abcdefgh", 3)
+    ('a', 'c', 'f')
+    """
+    if most is None or most >= len(rows):
+        return tuple(rows)
+    return tuple(rows[index * len(rows) // most] for index in range(most))
 
 
 def ordered(tasks: Sequence[Task], order: Order) -> tuple[Task, ...]:

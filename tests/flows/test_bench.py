@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
@@ -14,9 +15,11 @@ from rich.console import Console
 from perennial.flows.bench import Request, prepare, run_steps
 from perennial.flows.bench_report import write_report
 from perennial.flows.cli import main
+from perennial.flows.cli_bench import log_result
 from perennial.infra.errors import InputError
 from perennial.infra.settings import Settings
 from perennial.training import run
+from tests.registry.builders import MlflowServer
 from tests.training.builders import save_tiny
 
 ARMS = ("naive", "full", "joint")
@@ -204,6 +207,30 @@ def test_rows_that_do_not_fit_are_counted_and_left_out(inputs: Path, tmp_path: P
     write_rows(tmp_path / "s" / "01-a.test.jsonl", [{"instruction": "x", "outputs": ["a"]}])
     with pytest.raises(InputError, match="no row has at most 512 tokens"):
         prepare(settings(inputs), request(inputs, tmp_path, stream=tmp_path / "s"))
+
+
+@pytest.mark.slow
+def test_a_benchmark_is_one_run_in_mlflow_with_its_figures_and_pages(
+    inputs: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    server = MlflowServer(tmp_path)
+    server.start()
+    try:
+        logged = Settings.model_validate(
+            {**settings(inputs).model_dump(), "mlflow": {"uri": server.uri}}
+        )
+        prepared = prepare(logged, request(inputs, whole[0]))
+        url = log_result(logged, prepared, whole[1])
+        assert log_result(logged, prepared, whole[1]) == url
+        run_id = url.rpartition("/")[2]
+        shown = httpx.get(f"{server.uri}/api/2.0/mlflow/runs/get", params={"run_id": run_id})
+        files = httpx.get(f"{server.uri}/api/2.0/mlflow/artifacts/list", params={"run_id": run_id})
+    finally:
+        server.kill()
+
+    figures = {row["key"]: row["value"] for row in shown.json()["run"]["data"]["metrics"]}
+    assert figures["full/ap"] == pytest.approx(whole[1]["arms"]["full"]["ap"])
+    assert {"index.html", "plots", "result.json"} == {f["path"] for f in files.json()["files"]}
 
 
 @pytest.mark.slow
