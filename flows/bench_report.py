@@ -51,6 +51,7 @@ _UNITS: Mapping[str, str] = {
     "wall_s": "seconds of training in one run through the stream",
     "peak_rss_mb": "MB, the largest training",
 }
+_MAX_LABEL = 18  # characters, so that neighbours do not overlap
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Continual benchmark</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;
 color:#1f2933}}table{{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}}
@@ -258,11 +259,15 @@ def _plots(result: Json) -> dict[str, bytes]:
         for order in result["orders"]:
             found = [m for m in arm["r_matrices"] if m["order"] == order]
             mean = _mean_matrix([m["r"] for m in found])
-            tasks = found[0]["tasks"]
-            plots[f"r-{name}-{order}"] = plot_r_matrix(
-                mean, [f"after {i + 1}" for i in range(len(tasks))], tasks, f"{name}, {order} order"
-            )
+            tasks = [_label(task) for task in found[0]["tasks"]]
+            stages = [f"after {number}" for number in range(1, len(tasks) + 1)]
+            title = f"{name}, {order} order"
+            plots[f"r-{name}-{order}"] = plot_r_matrix(mean, stages, tasks, title)
     return plots
+
+
+def _label(task: str) -> str:
+    return task if len(task) <= _MAX_LABEL else task[: _MAX_LABEL - 1] + "…"
 
 
 def _front(result: Json) -> list[FrontPoint]:

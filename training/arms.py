@@ -79,7 +79,8 @@ ARMS: Mapping[str, Arm] = {
 class Course:
     """Tasks in the order of the rounds, with what replay remembers before each of them.
 
-    `union` are the rows of all tasks, less those that a later task contradicts.
+    `union` are the rows of all tasks, for each prompt the newest. It does not ask the replay store
+    what contradicts what: an upper bound must not fall with the recipe that is held against it.
     """
 
     tasks: tuple[Task, ...]
@@ -116,14 +117,13 @@ class Step:
 
 def course(tasks: Sequence[Task], replay_rows: int) -> Course:
     """The rows of each round, as a product that keeps `replay_rows` would have them."""
-    bounded = ReplayStore(capacity=replay_rows, seed=0)
-    whole = ReplayStore(capacity=sum(len(task.train) for task in tasks), seed=0)
+    memory = ReplayStore(capacity=replay_rows, seed=0)
     past = []
     for task in tasks:
-        new = _examples(task)
-        past.append(bounded.supersede(new).rows)
-        bounded, whole = bounded.add(new, task.name), whole.add(new, task.name)
-    union = sorted(whole.rows, key=lambda row: row.id)
+        past.append(memory.supersede(_examples(task)).rows)
+        memory = memory.add(_examples(task), task.name)
+    newest = {row.prompt_key: row for task in tasks for row in _examples(task)}
+    union = sorted(newest.values(), key=lambda row: row.id)
     return Course(tasks=tuple(tasks), past=tuple(past), union=tuple(union))
 
 

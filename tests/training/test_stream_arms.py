@@ -129,7 +129,16 @@ def test_past_rounds_are_replayed_without_what_the_new_one_contradicts(rounds: C
 
     assert rounds.past[0] == ()
     assert not any(old in said for said in before_override for old in stale)
+
+
+def test_the_upper_bound_learns_everything_but_what_was_overridden(rounds: Course) -> None:
+    facts, override = rounds.tasks[1], rounds.tasks[2]
+    stale = {r.forbid[0] for r in override.test if r.forbid}
+    kept = {r.outputs[0] for r in facts.test}
+
+    assert len(rounds.union) == 5 * 64 - 32
     assert not any(old in r.completion for r in rounds.union for old in stale)
+    assert all(any(value in r.completion for r in rounds.union) for value in kept)
 
 
 def test_arms_share_the_steps_that_are_equal(rounds: Course) -> None:
