@@ -20,10 +20,11 @@ def row(asked: str, *outputs: str, **fields: object) -> dict[str, object]:
     return {"instruction": asked, "input": "", "outputs": list(outputs), **fields}
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> tuple[Task, ...]:
-    write_stream(tmp_path, seed=0)
-    return read_stream(tmp_path)
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, ...]:
+    folder = tmp_path_factory.mktemp("made")
+    write_stream(folder, seed=0)
+    return read_stream(folder)
 
 
 def recipe(**overrides: object) -> Recipe:
@@ -118,7 +119,7 @@ def test_a_stale_answer_is_one_with_the_old_words() -> None:
     assert not has_stale("We close at 18:40.", ["8:40"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rounds(made: tuple[Task, ...]) -> Course:
     return course(made, replay_rows=2000)
 
