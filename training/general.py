@@ -7,7 +7,7 @@ that people have such rows in.
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,15 @@ from perennial.training.text import clean, words
 
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".csv": "from_csv",
             ".parquet": "from_parquet"}  # fmt: skip
+_COLUMNS = (("prompt", "answer"), ("instruction", "output"))
 _NEAR_DUPLICATE = 0.8
 _MAX_REPEATS = 3
 
 
 def load_general(path: Path) -> tuple[tuple[str, str], ...]:
     """(prompt, answer) pairs of a JSON Lines, CSV or Parquet file with these two columns.
+
+    The columns may also be `instruction` and `output`; an `input` then follows the instruction.
 
     Raises:
         InputError: the file is missing or of another format, or a column is missing.
@@ -39,10 +42,11 @@ def load_general(path: Path) -> tuple[tuple[str, str], ...]:
             )
         except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
-    missing = {"prompt", "answer"} - set(rows.column_names)
-    if missing:
-        raise InputError(f"{path} lacks the column {', '.join(sorted(missing))}")
-    return tuple((str(row["prompt"]), str(row["answer"])) for row in rows)
+    asked, told = next((p for p in _COLUMNS if {*p} <= {*rows.column_names}), (None, None))
+    if asked is None:
+        wanted = " or ".join("+".join(pair) for pair in _COLUMNS)
+        raise InputError(f"{path} needs the columns {wanted}; it has {rows.column_names}")
+    return tuple((_prompt(row, asked), str(row[told])) for row in rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,3 +91,8 @@ def _is_circular(text: str) -> bool:
     found = words(text)
     fours = [tuple(found[at : at + 4]) for at in range(len(found) - 3)]
     return len(fours) - len(set(fours)) >= _MAX_REPEATS
+
+
+def _prompt(row: Mapping[str, object], asked: str) -> str:
+    given = row.get("input") if asked == "instruction" else None
+    return f"{row[asked]}\n\n{given}" if given else str(row[asked])

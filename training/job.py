@@ -46,6 +46,7 @@ class EvalJob:
     suites: Mapping[str, Path]
     max_new_tokens: int
     num_threads: int | None
+    kl_suites: tuple[str, ...]  # on these the KL to the base model is measured too
 
 
 def read_train_job(path: Path) -> TrainJob:
@@ -91,12 +92,15 @@ def read_train_job(path: Path) -> TrainJob:
 def read_eval_job(path: Path) -> EvalJob:
     """The job in a JSON file; errors as in `read_train_job`."""
     required = ("base_model", "adapters", "suites")
-    raw = _read(path, required=required, optional=("cache_dir", "num_threads", "max_new_tokens"))
+    raw = _read(path, required=required, optional=_EVAL_OPTIONAL)
     home = path.parent
     adapters, suites = _mapping(raw, "adapters"), _mapping(raw, "suites")
     max_new_tokens = raw.get("max_new_tokens", 32)
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be a positive int, got {max_new_tokens!r}")
+    kl_suites = raw.get("kl_suites", [])
+    if not isinstance(kl_suites, list) or not {*kl_suites} <= {*suites}:
+        raise ConfigError(f"kl_suites must be a list of names of suites, got {kl_suites!r}")
     for name in (*adapters, *suites):
         if not name or not all(char.isalnum() or char in "-_." for char in name):
             raise ConfigError(f"{name!r} cannot name a result file; use letters, digits, - _ .")
@@ -107,9 +111,11 @@ def read_eval_job(path: Path) -> EvalJob:
         suites=MappingProxyType({name: home / _text(suites, name) for name in suites}),
         max_new_tokens=max_new_tokens,
         num_threads=_threads(raw),
+        kl_suites=tuple(kl_suites),
     )
 
 
+_EVAL_OPTIONAL = ("cache_dir", "num_threads", "max_new_tokens", "kl_suites")
 _TRAIN_OPTIONAL = (
     "cache_dir",
     "parent_adapter",

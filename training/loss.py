@@ -64,6 +64,12 @@ def plain_losses(logits_MV: Tensor, targets: Targets) -> PositionLosses:
     return PositionLosses(loss_M=loss_M, ce_M=ce_M.detach(), kl_M=kl_M.detach())
 
 
+def forward_kl(logits_TV: Tensor, teacher: TopK) -> Tensor:
+    """KL(teacher || model) at each position, in nats, bounded below as in `plain_losses`."""
+    ours_TV = torch.log_softmax(logits_TV.float(), dim=-1)
+    return _kl(ours_TV.gather(-1, teacher.tokens_TK), teacher.log_probs_TK.exp())
+
+
 def head_losses(hidden_MD: Tensor, head: nn.Linear, targets: Targets) -> PositionLosses:
     """`plain_losses` of the frozen head's logits, of which only a few rows exist at a time."""
     loss_M, ce_M, kl_M = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch

@@ -34,7 +34,13 @@ from perennial.infra.errors import (
 from perennial.training import lora, modelfiles, rounds, trainer
 from perennial.training.cache import TrunkCache, folder_digest
 from perennial.training.config import Start, TrainConfig
-from perennial.training.evaluate import Limits, SuiteSummary, evaluate, reference_nlls
+from perennial.training.evaluate import (
+    Limits,
+    SuiteSummary,
+    base_top_k,
+    evaluate,
+    reference_nlls,
+)
 from perennial.training.grading import read_suite
 from perennial.training.job import EvalJob, TrainJob, read_eval_job, read_train_job
 from perennial.training.machine import choose_threads, peak_rss_mb
@@ -126,12 +132,13 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
     tokenizer = modelfiles.load_tokenizer(folder)
     model = modelfiles.load_model(folder)
     limits = Limits(max_new_tokens=job.max_new_tokens)
+    base = {name: base_top_k(model, tokenizer, suites[name], limits) for name in job.kl_suites}
     table: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, adapter in job.adapters.items():
         kept = lora.merge(model, adapter) if adapter else {}
         table[name] = {}
         for suite, rows in suites.items():
-            results, summary = evaluate(model, tokenizer, rows, limits)
+            results, summary = evaluate(model, tokenizer, rows, limits, base.get(suite))
             lines = (json.dumps(asdict(row), ensure_ascii=False) for row in results)
             content = "".join(line + "\n" for line in lines).encode()
             artifacts.write_atomic(out / name / f"{suite}.jsonl", content)
