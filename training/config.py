@@ -57,8 +57,6 @@ class TrainConfig:
     preference_beta: float = 0.1
     preference_weight: float = 1.0  # of DPO and KTO beside cross-entropy
     dpo_sft_weight: float = 0.5  # of the cross-entropy of chosen answers, inside DPO
-    desirable_weight: float = 1.0  # λ of KTO; weighted liked : disliked should be 1:1 to 4:3
-    undesirable_weight: float = 1.0
     shrink: float = 1.0  # ΔW is multiplied by this at the end
     checkpoint_steps: int = 20
     kernels: Literal["fused", "plain"] = "fused"  # plain: every product by transformers and PEFT
@@ -73,7 +71,7 @@ class TrainConfig:
         for name in ("warmup_share", "final_lr_share", "shrink"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         unbounded = ("weight_decay", "kl_weight", "kl_budget", "seed", "rebuild_every", "cache_mb")
-        for name in (*unbounded, "preference_weight", "dpo_sft_weight", *_CLASS_WEIGHTS):
+        for name in (*unbounded, "preference_weight", "dpo_sft_weight"):
             self._require(name, getattr(self, name) >= 0, "zero or more")
         for name in ("replay_share", "general_share", "question_dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -103,7 +101,6 @@ class TrainConfig:
             raise ConfigError(f"{name} must be {rule}, got {getattr(self, name)!r}", name=name)
 
 
-_CLASS_WEIGHTS = ("desirable_weight", "undesirable_weight")
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "recipe": get_args(RecipeName),
     "method": ("lora", "dora"),

@@ -115,8 +115,8 @@ def _statements(rows: Sequence[Example], measure: _Measure) -> list[_Statement]:
 
 
 def _statement(key: str, rows: tuple[Example, ...], measure: _Measure) -> _Statement:
-    questions = [frozenset(words(row.question)) for row in rows]
-    told = frozenset(words(key))
+    asked = [_stems(row.question) for row in rows]
+    told = _stems(key)
     return _Statement(
         key=key,
         rows=rows,
@@ -126,9 +126,14 @@ def _statement(key: str, rows: tuple[Example, ...], measure: _Measure) -> _State
             for row in rows
         ),
         num_wordings=len(rows),
-        said=told.union(*questions),
-        named=frozenset(word for word in told.intersection(*questions) if len(word) > 2),
+        said=told.union(*asked),
+        named=frozenset(stem for stem in told if 2 * sum(stem in own for own in asked) >= len(asked)),
     )
+
+
+def _stems(text: str) -> frozenset[str]:
+    """The beginnings of the longer words: "opens" is said of what is asked with "opening"."""
+    return frozenset(word[:4] for word in words(text) if len(word) > 2)
 
 
 def _parts(statement: _Statement, rule: Contradiction) -> list[_Statement]:

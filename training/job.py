@@ -31,6 +31,8 @@ class TrainJob:
     train_rows: Path
     replay_rows: Path | None
     general_rows: Path | None
+    pair_rows: Path | None
+    judgement_rows: Path | None
     config: TrainConfig
     num_threads: int | None  # None: chosen from the machine
     digest: str  # of the settings and of the bytes of every input; names the job's checkpoints
@@ -58,8 +60,7 @@ def read_train_job(path: Path) -> TrainJob:
     """
     raw = _read(path, required=("base_model", "train_rows"), optional=_TRAIN_OPTIONAL)
     home = path.parent
-    names = ("train_rows", "replay_rows", "general_rows", "dev_rows")
-    rows = {name: _path(raw, name, home) for name in names}
+    rows = {name: _path(raw, name, home) for name in _ROWS}
     parent, fast = _path(raw, "parent_adapter", home), _path(raw, "fast_adapter", home)
     teachers = _path(raw, "teachers", home)
     train_rows = rows["train_rows"]
@@ -83,6 +84,8 @@ def read_train_job(path: Path) -> TrainJob:
         train_rows=train_rows,
         replay_rows=rows["replay_rows"],
         general_rows=rows["general_rows"],
+        pair_rows=rows["pair_rows"],
+        judgement_rows=rows["judgement_rows"],
         config=config,
         num_threads=_threads(raw),
         digest=_digest(settings, (*rows.values(), *adapters, manifest)),
@@ -116,14 +119,13 @@ def read_eval_job(path: Path) -> EvalJob:
 
 
 _EVAL_OPTIONAL = ("cache_dir", "num_threads", "max_new_tokens", "kl_suites")
+_ROWS = ("train_rows", "replay_rows", "general_rows", "pair_rows", "judgement_rows", "dev_rows")
 _TRAIN_OPTIONAL = (
     "cache_dir",
     "parent_adapter",
     "fast_adapter",
     "teachers",
-    "dev_rows",
-    "replay_rows",
-    "general_rows",
+    *_ROWS[1:],
     "config",
     "num_threads",
 )

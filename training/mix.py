@@ -24,14 +24,12 @@ class Shares:
 class Pick:
     """One row of one source, at one place of the order."""
 
-    source: int  # 0 new, 1 replay, 2 general, 3 pairs, 4 judgements
+    source: int  # 0 new, 1 replay, 2 general, 3 pairs, 4 groups of judgements
     index: int
 
 
 Batch = tuple[Pick, ...]
-_REPLAY, _GENERAL, _JUDGEMENTS = 1, 2, 4
-# KTO's reference point is a mean over the judgements of a batch, so they come in handfuls.
-_TOGETHER = 8
+_REPLAY, _GENERAL = 1, 2
 
 
 def plan_batches(
@@ -49,11 +47,11 @@ def plan_batches(
     others.
 
     Args:
-        sizes: positive tokens of each row of the sources, in the order of `Pick.source`; a pair has
-            those of both answers. Pairs and judgements may be left out.
+        sizes: positive tokens of each row of the sources, in the order of `Pick.source`; a pair and
+            a group of judgements have those of all their answers. The last two may be left out.
         shares: of replay and general rows.
         epochs: passes over the new rows.
-        batch_tokens: what a batch holds at most, unless one row or handful has more.
+        batch_tokens: what a batch holds at most, unless one row has more.
         seed: equal for equal batches.
 
     Raises:
@@ -68,9 +66,8 @@ def plan_batches(
     for _ in range(epochs):
         drawn = [deck.draw(num) for deck, num in zip(decks, wanted, strict=True)]
         order = _interleave(drawn, sizes)
-        lengths = [sum(sizes[pick.source][pick.index] for pick in handful) for handful in order]
-        spans = cut(lengths, batch_tokens)
-        batches += [tuple(pick for i in span for pick in order[i]) for span in spans]
+        lengths = [sizes[pick.source][pick.index] for pick in order]
+        batches += [tuple(order[i] for i in span) for span in cut(lengths, batch_tokens)]
     return tuple(batches)
 
 
@@ -107,21 +104,16 @@ def _wanted_tokens(sizes: Sequence[Sequence[int]], shares: Shares) -> list[float
     return [total * share[source] if source in share else num for source, num in enumerate(wanted)]
 
 
-def _interleave(drawn: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) -> list[Batch]:
+def _interleave(drawn: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) -> list[Pick]:
     """Each source spread evenly, so that every stretch of the order holds about its share."""
     placed = []
     for source, indices in enumerate(drawn):
         total = sum(sizes[source][index] for index in indices)
         before = 0.0
-        for handful in _handfuls(source, indices):
-            size = sum(sizes[source][pick.index] for pick in handful)
-            placed.append(((before + size / 2) / total, source, handful))
+        for index in indices:
+            size = sizes[source][index]
+            placed.append(((before + size / 2) / total, source, index))
             before += size
-    # Stable: handfuls at one place stay in the order they were drawn in.
-    return [handful for _, _, handful in sorted(placed, key=lambda place: place[:2])]
-
-
-def _handfuls(source: int, indices: Sequence[int]) -> list[Batch]:
-    size = _TOGETHER if source == _JUDGEMENTS else 1
-    picks = [Pick(source=source, index=index) for index in indices]
-    return [tuple(picks[at : at + size]) for at in range(0, len(picks), size)]
+    # Stable: rows at one place stay in the order they were drawn in.
+    placed.sort(key=lambda place: place[:2])
+    return [Pick(source=source, index=index) for _, source, index in placed]

@@ -24,7 +24,7 @@ from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows
 from perennial.training.tokens import TokenRow
 from perennial.training.trunk import SplitModel
 
-NEW, REPLAY, GENERAL = 0, 1, 2  # the order of `mix.Pick.source`
+NEW, REPLAY, GENERAL, PAIRS, JUDGEMENTS = range(5)  # as in `mix.Pick.source`
 TrunkOf = Callable[[SplitModel, Sequence[TokenRow], int], list[Tensor]]
 
 
@@ -32,15 +32,17 @@ TrunkOf = Callable[[SplitModel, Sequence[TokenRow], int], list[Tensor]]
 class Sources:
     """The tokenised rows of a round; `teachers` by the id of the replayed row that they taught."""
 
-    new: tuple[Unit, ...]
+    new: tuple[TokenRow, ...] = ()
     replay: tuple[TokenRow, ...] = ()
     general: tuple[TokenRow, ...] = ()
+    pairs: tuple[PairRows, ...] = ()
+    judgements: tuple[JudgedRows, ...] = ()
     teachers: Mapping[str, TopK] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[tuple[Unit, ...], ...]:
         """In the order of `mix.Pick.source`."""
-        return (self.new, self.replay, self.general)
+        return (self.new, self.replay, self.general, self.pairs, self.judgements)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,7 @@ class Prepared:
     trunks: Mapping[tuple[int, int], tuple[Tensor, ...]]
     teachers: Mapping[tuple[int, int], TopK]
     references: Mapping[tuple[int, int], Tensor]
-    blend_of: tuple[float, float, float]  # the teacher's part of the target, by source
+    blend_of: Mapping[int, float]  # the teacher's part of the target, by source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +93,7 @@ def prepare(
     num_frozen = max(0, base.config.num_hidden_layers - config.top_layers)
     split = SplitModel(base, num_frozen, config.kernels)
     with model.disable_adapter():
-        split.check_split(rows_of(sources.new[0])[0])
+        split.check_split(next(row for part in sources.parts for u in part for row in rows_of(u)))
         trunks = _trunks(split, sources, config, trunk_of)
         general = sources.general if recipe.is_anchored else ()
         known = [trunks[GENERAL, i][0] for i in range(len(general))] if trunks else None
@@ -105,14 +107,14 @@ def prepare(
         }
     off = model.disable_adapter() if config.reference == "base" else contextlib.nullcontext()
     with off:
-        references = _references(split, sources.new, trunks)
+        references = _references(split, sources, trunks)
     return Prepared(
         split=split,
         sources=sources,
         trunks=trunks,
         teachers=teachers,
         references=references,
-        blend_of=(0.0, recipe.replay_blend or 0.0, 1.0),
+        blend_of={REPLAY: recipe.replay_blend or 0.0, GENERAL: 1.0},
     )
 
 
@@ -202,7 +204,7 @@ def _trunks(
     if not split.num_frozen:
         return {}
     recipe = RECIPES[config.recipe]
-    is_drawn = (True, recipe.replay_blend is not None, recipe.is_anchored)
+    is_drawn = (True, recipe.replay_blend is not None, recipe.is_anchored, True, True)
     keyed = [
         ((source, index), row)
         for source, part in enumerate(sources.parts)
@@ -219,18 +221,17 @@ def _trunks(
 
 def _references(
     split: SplitModel,
-    units: Sequence[Unit],
+    sources: Sources,
     trunks: Mapping[tuple[int, int], tuple[Tensor, ...]],
 ) -> dict[tuple[int, int], Tensor]:
     """Log-probability of each completion of a pair or of judged answers."""
     found = {}
-    for index, unit in enumerate(units):
-        if isinstance(unit, TokenRow):
-            continue
-        packed = pack(unit.rows, labels=["completion"] * len(unit.rows))
-        with torch.no_grad():
-            losses = split.losses(packed, trunks.get((NEW, index)), _labels(packed))
-        found[NEW, index] = _log_probs(packed, losses.loss_M, len(unit.rows))
+    for source, units in ((PAIRS, sources.pairs), (JUDGEMENTS, sources.judgements)):
+        for index, unit in enumerate(units):
+            packed = pack(unit.rows, labels=["completion"] * len(unit.rows))
+            with torch.no_grad():
+                losses = split.losses(packed, trunks.get((source, index)), _labels(packed))
+            found[source, index] = _log_probs(packed, losses.loss_M, len(unit.rows))
     return found
 
 
@@ -327,8 +328,8 @@ def _pair_loss(pair: PairRows, ours_2: Tensor, reference_2: Tensor, config: Trai
 def _judged_loss(group: JudgedRows, ratio_R: Tensor, config: TrainConfig) -> Tensor:
     judged, mismatched = ratio_R.chunk(2)
     is_desirable = torch.tensor([label == "desirable" for label in group.labels])
-    weights = torch.where(is_desirable, config.desirable_weight, config.undesirable_weight)
-    return (weights * kto(judged, mismatched, is_desirable, beta=config.preference_beta)).sum()
+    losses = kto(judged, mismatched, is_desirable, beta=config.preference_beta)
+    return (torch.tensor(group.weights) * losses).sum()
 
 
 def _log_probs(packed: Packed, loss_M: Tensor, num_rows: int) -> Tensor:

@@ -10,17 +10,19 @@
 
 KL is forward, over the 20 likeliest tokens of a teacher: for a replayed row the model that had just
 learned it, cached then; for a general row the base, that is the adapter switched off. In every
-recipe a preference pair has DPO with a CE term on the chosen answer, a judged answer KTO.
+recipe a preference pair has DPO with a CE term on the chosen answer, a judged answer KTO with the
+weights of its class.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from perennial.infra.errors import InputError
-from perennial.training.examples import Example, Turn
-from perennial.training.tokens import TokenRow, encode_example
+from perennial.training.compile import ClassWeights
+from perennial.training.examples import Judgement, Label, Pair
+from perennial.training.tokens import TokenRow, encode_answer
 
 _GROUP = 8  # judged answers whose mismatched ones estimate one reference point
 
@@ -40,46 +42,6 @@ RECIPES: Mapping[str, Recipe] = {
     "anchor": Recipe(replay_blend=0.0, is_anchored=True),
     "replay-kd-anchor": Recipe(replay_blend=0.5, is_anchored=True),
 }
-
-
-class Preference(Protocol):
-    """A user's edit: `chosen` instead of `rejected`."""
-
-    @property
-    def id(self) -> str:
-        """Names the row in reports."""
-
-    @property
-    def messages(self) -> tuple[Turn, ...]:
-        """The conversation."""
-
-    @property
-    def chosen(self) -> str:
-        """The better answer."""
-
-    @property
-    def rejected(self) -> str:
-        """The other."""
-
-
-class Judgement(Protocol):
-    """An answer and what its user thought of it."""
-
-    @property
-    def id(self) -> str:
-        """Names the row in reports."""
-
-    @property
-    def messages(self) -> tuple[Turn, ...]:
-        """The conversation."""
-
-    @property
-    def completion(self) -> str:
-        """The answer."""
-
-    @property
-    def label(self) -> str:
-        """One of "desirable", "undesirable"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,12 +65,16 @@ class PairRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedRows:
-    """Judged answers that share a step, and each prompt again with the answer to the next one."""
+    """Judged answers that share a step, and each prompt again with the answer to the next one.
+
+    weights: λ of each judged answer.
+    """
 
     id: str
     judged: tuple[TokenRow, ...]
     mismatched: tuple[TokenRow, ...]
-    labels: tuple[str, ...]
+    labels: tuple[Label, ...]
+    weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
         if len(self.judged) < 2:
@@ -136,10 +102,10 @@ def rows_of(unit: Unit) -> tuple[TokenRow, ...]:
     return (unit,) if isinstance(unit, TokenRow) else unit.rows
 
 
-def encode_pair(tokenizer: Any, pair: Preference, max_len: int) -> PairRows:  # Any: transformers
+def encode_pair(tokenizer: Any, pair: Pair, max_len: int) -> PairRows:  # Any: transformers
     """Both answers as rows; errors as in `encode_example`."""
     chosen, rejected = (
-        encode_example(tokenizer, _row(f"{pair.id}/{side}", pair.messages, answer), max_len)
+        encode_answer(tokenizer, f"{pair.id}/{side}", pair.messages, answer, max_len)
         for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
     )
     return PairRows(id=pair.id, chosen=chosen, rejected=rejected)
@@ -148,33 +114,43 @@ def encode_pair(tokenizer: Any, pair: Preference, max_len: int) -> PairRows:  # 
 def encode_judged(
     tokenizer: Any,  # Any: transformers
     judgements: Sequence[Judgement],
+    weights: ClassWeights,
     max_len: int,
     seed: int,
 ) -> tuple[JudgedRows, ...]:
-    """Groups of about eight in seeded order; a lone last row joins the group before it."""
+    """Groups of about eight in seeded order; a lone last row joins the group before it.
+
+    Errors as in `encode_example`, of the judged answers; a mismatched one may have up to twice
+    `max_len` tokens.
+    """
     order = list(judgements)
     random.Random(seed).shuffle(order)
     groups = [order[start : start + _GROUP] for start in range(0, len(order), _GROUP)]
     if len(groups) > 1 and len(groups[-1]) == 1:
         groups[-2:] = [groups[-2] + groups[-1]]
-    return tuple(_encode_group(tokenizer, group, max_len) for group in groups)
+    return tuple(_encode_group(tokenizer, group, weights, max_len) for group in groups)
 
 
-def _encode_group(tokenizer: Any, group: Sequence[Judgement], max_len: int) -> JudgedRows:
-    def encoded(id_: str, asked: Judgement, told: Judgement) -> TokenRow:
-        return encode_example(tokenizer, _row(id_, asked.messages, told.completion), max_len)
-
+def _encode_group(
+    tokenizer: Any,  # Any: transformers
+    group: Sequence[Judgement],
+    weights: ClassWeights,
+    max_len: int,
+) -> JudgedRows:
     others = [*group[1:], group[0]]
     return JudgedRows(
         id=group[0].id,
-        judged=tuple(encoded(row.id, row, row) for row in group),
+        judged=tuple(
+            encode_answer(tokenizer, row.id, row.messages, row.completion, max_len) for row in group
+        ),
         mismatched=tuple(
-            encoded(f"{row.id}/mismatched", row, other)
+            encode_answer(
+                tokenizer, f"{row.id}/mismatched", row.messages, other.completion, 2 * max_len
+            )
             for row, other in zip(group, others, strict=True)
         ),
         labels=tuple(row.label for row in group),
+        weights=tuple(
+            weights.desirable if row.label == "desirable" else weights.undesirable for row in group
+        ),
     )
-
-
-def _row(id_: str, messages: tuple[Turn, ...], completion: str) -> Example:
-    return Example(id=id_, messages=messages, completion=completion, kind="correction")

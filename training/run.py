@@ -214,11 +214,12 @@ def _keep_teachers(model: Any, config: TrainConfig, sources: Sources, folder: Pa
     if not RECIPES[config.recipe].replay_blend:
         return
     replayed = [row for row in sources.replay if row.id in sources.teachers]
-    new = [unit for unit in sources.new if isinstance(unit, TokenRow)]
+    if not replayed and not sources.new:
+        return
     split = SplitModel(model.get_base_model(), 0, config.kernels)
     taught = [sources.teachers[row.id] for row in replayed]
-    taught += teach(split, new, None, "completion", config)
-    write_teachers(folder, [*replayed, *new], taught)
+    taught += teach(split, sources.new, None, "completion", config)
+    write_teachers(folder, [*replayed, *sources.new], taught)
 
 
 def _write_adapter(model: Any, job: TrainJob, lineage: rounds.Lineage, folder: Path) -> None:
@@ -242,7 +243,6 @@ def _trunk_of(job: TrainJob, model_folder: Path) -> TrunkOf:
 def _summary(
     job: TrainJob, trained: Trained, rows: Rows, digest: str, num_threads: int
 ) -> dict[str, object]:
-    new, replay, general = (len(part) for part in rows.sources.parts)
     return {
         **asdict(trained),
         "job_digest": job.digest,
@@ -250,11 +250,21 @@ def _summary(
         "base_model": job.base_model,
         "config": job.config.to_json(),
         "config_fingerprint": job.config.fingerprint,
-        "num_rows": {"new": new, "replay": replay, "general": general},
+        "num_rows": _num_rows(rows.sources),
         "num_taught": len(rows.sources.teachers),
         "left_out": [asdict(row) for row in rows.left_out],
         "num_threads": num_threads,
         "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def _num_rows(sources: Sources) -> dict[str, int]:
+    return {
+        "new": len(sources.new),
+        "replay": len(sources.replay),
+        "general": len(sources.general),
+        "pairs": len(sources.pairs),
+        "judgements": sum(len(group.judged) for group in sources.judgements),
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perennial.infra.errors import InputError, TooLargeError
-from perennial.training.examples import Example, Judgement, Pair, Turn
+from perennial.training.examples import Example, Judgement, Turn
 
 Ids = NDArray[np.int64]
 
@@ -84,28 +84,17 @@ def encode_example(
     Raises:
         TooLargeError: the row is longer than `max_len` tokens.
     """
-    return _encode(tokenizer, example.id, example.messages, example.completion, max_len)
+    return encode_answer(tokenizer, example.id, example.messages, example.completion, max_len)
 
 
-def encode_pair(
-    tokenizer: Any,  # Any: transformers
-    pair: Pair,
-    max_len: int,
-) -> tuple[TokenRow, TokenRow]:
-    """The chosen and the rejected answer, each as `encode_example` gives it."""
-    return (
-        _encode(tokenizer, pair.id, pair.messages, pair.chosen, max_len),
-        _encode(tokenizer, pair.id, pair.messages, pair.rejected, max_len),
-    )
-
-
-def _encode(
+def encode_answer(
     tokenizer: Any,  # Any: transformers
     row_id: str,
     messages: Sequence[Turn],
     answer: str,
     max_len: int,
 ) -> TokenRow:
+    """Any answer to a conversation; as in `encode_example`."""
     prompt, question = _encode_chat(tokenizer, messages)
     completion = [*encode_text(tokenizer, answer), int(tokenizer.eos_token_id)]
     if len(prompt) + len(completion) > max_len:

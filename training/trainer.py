@@ -102,9 +102,8 @@ def train(
 def plan(sources: Sources, config: TrainConfig) -> tuple[Batch, ...]:
     """The batches of the run, from the seed alone; a source outside the recipe has no share."""
     recipe = RECIPES[config.recipe]
-    new, replay, general = ([unit.num_tokens for unit in part] for part in sources.parts)
     return plan_batches(
-        (new, replay, general),
+        [[unit.num_tokens for unit in part] for part in sources.parts],
         Shares(
             replay=0.0 if recipe.replay_blend is None else config.replay_share,
             general=config.general_share if recipe.is_anchored else 0.0,

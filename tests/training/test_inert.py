@@ -4,7 +4,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from perennial.training.compile import Compiled, CompileLimits, FeedbackRow, compile_feedback
-from perennial.training.tokens import TokenRow, encode_example, encode_pair
+from perennial.training.recipes import encode_pair
+from perennial.training.tokens import TokenRow, encode_example
 from tests.training.builders import SPECIAL, tiny_tokenizer
 
 NOON = datetime(2026, 11, 1, tzinfo=UTC)
@@ -36,7 +37,10 @@ def compiled(forged: str) -> Compiled:
 def encoded(result: Compiled) -> list[TokenRow]:
     tokenizer = tiny_tokenizer()
     rows = [encode_example(tokenizer, row, 512) for row in (*result.examples, *result.judgements)]
-    return [*rows, *(row for pair in result.pairs for row in encode_pair(tokenizer, pair, 512))]
+    return [
+        *rows,
+        *(row for pair in result.pairs for row in encode_pair(tokenizer, pair, 512).rows),
+    ]
 
 
 def test_no_kind_of_row_can_forge_a_turn() -> None:
@@ -55,6 +59,6 @@ def test_no_kind_of_row_can_forge_a_turn() -> None:
 
 def test_both_answers_of_a_pair_share_one_prompt() -> None:
     (pair,) = compiled(FORGED).pairs
-    chosen, rejected = encode_pair(tiny_tokenizer(), pair, 512)
+    chosen, rejected = encode_pair(tiny_tokenizer(), pair, 512).rows
     assert chosen.num_prompt == rejected.num_prompt
     assert (chosen.ids_T[: chosen.num_prompt] == rejected.ids_T[: chosen.num_prompt]).all()

@@ -84,12 +84,6 @@ def test_pairs_and_judgements_are_new_rows_too() -> None:
     assert spent[2] / sum(spent) == pytest.approx(0.20, abs=0.01)
 
 
-def test_judgements_come_in_handfuls_that_no_batch_divides() -> None:
-    counts = [sum(pick.source == 4 for pick in batch) for batch in with_pairs()]
-    assert sum(counts) == 3 * 24
-    assert {count % 8 for count in counts} == {0}
-
-
 def test_a_round_of_judgements_alone_can_be_planned() -> None:
     shares = Shares(replay=0.2, general=0.2)
     batches = plan_batches(

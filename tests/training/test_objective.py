@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,12 @@ from torch import Tensor, nn
 from perennial.infra.errors import InputError
 from perennial.training import lora, objective
 from perennial.training.batching import pack
+from perennial.training.compile import ClassWeights
 from perennial.training.config import TrainConfig
+from perennial.training.examples import Judgement, Label, Pair
 from perennial.training.loss import Targets, TopK, dpo, head_losses, kto, plain_losses
 from perennial.training.mix import Batch, Pick
-from perennial.training.objective import GENERAL, NEW, REPLAY, Sources
+from perennial.training.objective import GENERAL, JUDGEMENTS, NEW, PAIRS, REPLAY, Sources
 from perennial.training.recipes import encode_judged, encode_pair
 from perennial.training.tokens import TokenRow, encode_example
 from perennial.training.trainer import halved, plan
@@ -27,20 +28,7 @@ from tests.training.builders import example, tiny_model, tiny_tokenizer
 CONFIG = TrainConfig(rank=4, alpha=8, top_layers=1, question_dropout=0.3, batch_tokens=400)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Edit:
-    id: str
-    messages: tuple[tuple[str, str], ...]
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Thumb:
-    id: str
-    messages: tuple[tuple[str, str], ...]
-    completion: str
-    label: str
+WEIGHTS = ClassWeights(desirable=1.0, undesirable=0.5)
 
 
 def rows(start: int, num: int, kind: Any = "correction") -> tuple[TokenRow, ...]:
@@ -49,21 +37,24 @@ def rows(start: int, num: int, kind: Any = "correction") -> tuple[TokenRow, ...]
     )
 
 
-def preferences() -> tuple[Any, ...]:
+def thumb(index: int, label: Label = "desirable", messages: Any = (("user", "?"),)) -> Judgement:
+    return Judgement(
+        id=f"t{index}", messages=messages, completion=f"room {index * index}", label=label
+    )
+
+
+def preferences() -> dict[str, tuple[Any, ...]]:
     asked = [(("user", f"where is shelf {n}?"),) for n in range(5)]
     edits = [
-        encode_pair(
-            tiny_tokenizer(),
-            Edit(id=f"e{n}", messages=asked[n], chosen=f"hall {n}", rejected="no idea, sorry"),
-            512,
-        )
+        Pair(id=f"e{n}", messages=asked[n], chosen=f"hall {n}", rejected="no idea, sorry")
         for n in range(2)
     ]
-    thumbs = [
-        Thumb(id=f"t{n}", messages=asked[n], completion=f"room {n * n}", label=label)
-        for n, label in enumerate(["desirable", "undesirable", "desirable", "undesirable"])
-    ]
-    return (*edits, *encode_judged(tiny_tokenizer(), thumbs, 512, 0))
+    labels: tuple[Label, ...] = ("desirable", "undesirable")
+    thumbs = [thumb(n, labels[n % 2], asked[n]) for n in range(4)]
+    return {
+        "pairs": tuple(encode_pair(tiny_tokenizer(), edit, 512) for edit in edits),
+        "judgements": encode_judged(tiny_tokenizer(), thumbs, WEIGHTS, 512, 0),
+    }
 
 
 def with_fields(**fields: Any) -> TrainConfig:
@@ -136,18 +127,23 @@ def test_dpo_and_kto_are_known_by_hand() -> None:
 
 
 def test_one_judged_answer_alone_is_refused() -> None:
-    thumb = Thumb(id="t", messages=(("user", "?"),), completion="a", label="desirable")
-    with pytest.raises(InputError, match="two judged answers or more, got t alone"):
-        encode_judged(tiny_tokenizer(), [thumb], 512, 0)
+    with pytest.raises(InputError, match="two judged answers or more, got t0 alone"):
+        encode_judged(tiny_tokenizer(), [thumb(0)], WEIGHTS, 512, 0)
 
 
 def test_a_lone_last_judged_answer_joins_a_group() -> None:
-    thumbs = [
-        Thumb(id=f"t{n}", messages=(("user", "?"),), completion="a", label="desirable")
-        for n in range(9)
-    ]
-    groups = encode_judged(tiny_tokenizer(), thumbs, 512, 0)
+    groups = encode_judged(tiny_tokenizer(), [thumb(n) for n in range(9)], WEIGHTS, 512, 0)
     assert [len(group.judged) for group in groups] == [9]
+
+
+def test_judged_answers_that_fit_have_mismatched_ones_that_may_be_longer() -> None:
+    thumbs = [
+        Judgement(id="a", messages=(("user", "why? " * 20),), completion="so", label="desirable"),
+        Judgement(id="b", messages=(("user", "?"),), completion="so " * 30, label="undesirable"),
+    ]
+    (group,) = encode_judged(tiny_tokenizer(), thumbs, WEIGHTS, 150, 0)
+    assert max(row.num_tokens for row in group.judged) <= 150
+    assert max(row.num_tokens for row in group.mismatched) > 150
 
 
 def log_prob(model: Any, row: TokenRow) -> Tensor:
@@ -160,29 +156,28 @@ def log_prob(model: Any, row: TokenRow) -> Tensor:
 
 @pytest.mark.parametrize("reference", ["start", "base"])
 def test_preferences_in_a_packed_batch_equal_plain_ones(reference: Any) -> None:
-    config = with_fields(
-        reference=reference, desirable_weight=1.5, undesirable_weight=0.5, kernels="fused"
-    )
+    config = with_fields(reference=reference, kernels="fused")
     model = adapted(config)
-    units = preferences()
-    prepared = objective.prepare(model, Sources(new=units), config)
+    sources = Sources(**preferences())
+    prepared = objective.prepare(model, sources, config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_A" in name:
                 weight *= 1.5
-    batch = tuple(Pick(source=NEW, index=index) for index in range(len(units)))
+    places = [(PAIRS, 0), (PAIRS, 1), (JUDGEMENTS, 0)]
+    batch = tuple(Pick(source=source, index=index) for source, index in places)
     over = objective.sums(prepared, batch, config)
     found = objective.batch_loss(prepared, batch, over, config, step=1)
-    plain = plain_preferences(model, units, config, reference)
+    plain = plain_preferences(model, sources, config, reference)
     assert found.total.item() == pytest.approx(plain.item(), rel=1e-4)
     assert_equal_gradients(model, found.total, plain)
 
 
 def plain_preferences(
-    model: Any, units: Any, config: TrainConfig, reference: str
+    model: Any, sources: Sources, config: TrainConfig, reference: str
 ) -> Tensor:  # fmt: skip
     """DPO + SFT and KTO as in their papers, one row at a time."""
-    *edits, group = units
+    edits, (group,) = sources.pairs, sources.judgements
     start = adapted(config)
 
     def ratio(row: TokenRow) -> Tensor:
@@ -202,7 +197,7 @@ def plain_preferences(
     with torch.no_grad():
         zero = torch.stack([ratio(row) for row in group.mismatched]).mean().clamp_min(0)
     for row, label in zip(group.judged, group.labels, strict=True):
-        sign, weight = (1, 1.5) if label == "desirable" else (-1, 0.5)
+        sign, weight = (1, 1.0) if label == "desirable" else (-1, 0.5)
         value = torch.sigmoid(config.preference_beta * sign * (ratio(row) - zero))
         total = total + weight * (1 - value) / len(group.judged)
     return total
@@ -222,10 +217,11 @@ def whole_round(config: TrainConfig) -> Sources:
     taught = objective.teach(split, replay[:4], None, "completion", config)
     teachers = {row.id: teacher for row, teacher in zip(replay, taught, strict=False)}
     return Sources(
-        new=(*rows(0, 8), *preferences()),
+        new=rows(0, 8),
         replay=replay,
         general=rows(40, 4, "general"),
         teachers=teachers,
+        **preferences(),
     )
 
 
@@ -323,16 +319,16 @@ def test_dora_and_other_models_run_through_their_modules() -> None:
 @pytest.mark.parametrize(
     ("recipe", "drawn"),
     [
-        ("sft", {NEW}),
-        ("replay", {NEW, REPLAY}),
-        ("replay-kd", {NEW, REPLAY}),
-        ("anchor", {NEW, REPLAY, GENERAL}),
-        ("replay-kd-anchor", {NEW, REPLAY, GENERAL}),
+        ("sft", set()),
+        ("replay", {REPLAY}),
+        ("replay-kd", {REPLAY}),
+        ("anchor", {REPLAY, GENERAL}),
+        ("replay-kd-anchor", {REPLAY, GENERAL}),
     ],
 )
 def test_a_recipe_draws_its_own_sources(recipe: Any, drawn: set[int]) -> None:
     batches = plan(whole_round(CONFIG), with_fields(recipe=recipe, epochs=3))
-    assert {pick.source for batch in batches for pick in batch} == drawn
+    assert {pick.source for batch in batches for pick in batch} == {NEW, PAIRS, JUDGEMENTS} | drawn
 
 
 def test_a_replayed_row_is_half_its_label_and_half_its_teacher() -> None:

@@ -1,6 +1,7 @@
 """Rounds after rounds through the process's own entry, with a tiny model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from rich.console import Console
 
 from perennial.infra.errors import ConfigError, InputError
 from perennial.training import lora
-from perennial.training.examples import write_examples
+from perennial.training.evaluate import reference_nlls
+from perennial.training.examples import Judgement, Label, Pair, write_examples
 from perennial.training.job import read_train_job
+from perennial.training.modelfiles import load_model, load_tokenizer
 from perennial.training.run import run_training
+from perennial.training.tokens import encode_answer
 from tests.training.builders import example, write_job
 
 RECIPE = {"rank": 4, "epochs": 2, "batch_tokens": 200, "lr": 5e-3, "top_layers": 1}
@@ -40,6 +44,11 @@ def second(folder: Path, **fields: Any) -> dict[str, Any]:
     return trained(folder, "two", parent_adapter="one/adapter", replay_rows="old.jsonl", **fields)
 
 
+def counted(**fields: int) -> dict[str, int]:
+    none = dict.fromkeys(("new", "replay", "general", "pairs", "judgements"), 0)
+    return {**none, **fields}
+
+
 def product(folder: Path) -> torch.Tensor:
     state = lora.read_state(folder)
     name = next(name for name in state if "lora_A" in name)
@@ -53,7 +62,7 @@ def test_a_round_goes_on_from_its_parent_and_counts_itself(tmp_path: Path) -> No
     assert found["start"]["start"] == "parent"
     assert (first["lineage"]["num_rounds"], found["lineage"]["num_rounds"]) == (1, 2)
     assert found["lineage"]["kl_to_base"] > 0
-    assert found["num_rows"] == {"new": 10, "replay": 2, "general": 4}
+    assert found["num_rows"] == counted(new=10, replay=2, general=4)
     assert any((tmp_path / "models" / "trunk").iterdir())
 
 
@@ -62,7 +71,7 @@ def test_a_rebuilt_round_learns_the_buffer_as_new(tmp_path: Path) -> None:
     found = second(tmp_path, config={"rebuild_every": 1})
     assert found["start"] == {"start": "base", "reason": "rebuilt after 1 rounds"}
     assert found["lineage"]["num_rounds"] == 1
-    assert found["num_rows"] == {"new": 12, "replay": 0, "general": 4}
+    assert found["num_rows"] == counted(new=12, general=4)
 
 
 def test_a_slow_round_keeps_the_fast_adapter_for_the_next(tmp_path: Path) -> None:
@@ -97,6 +106,67 @@ def test_what_a_round_learned_teaches_its_replay(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "two" / "teachers" / "index.json").read_bytes())
     assert len(index) == 10  # the two replayed rows are among the ten new ones
     assert np.load(tmp_path / "two" / "teachers" / "tokens.npy").shape[1] == 20
+
+
+def preferences(folder: Path) -> tuple[tuple[Pair, ...], tuple[Judgement, ...]]:
+    """Files of answers that users preferred, liked and disliked, beside the job."""
+    asked = [(("user", f"where is shelf {n}?"),) for n in range(12)]
+    pairs = tuple(
+        Pair(id=f"e{n}", messages=asked[n], chosen=f"hall {n}", rejected="no idea")
+        for n in range(2)
+    )
+    labels: tuple[Label, ...] = ("desirable", "undesirable")
+    judged = tuple(
+        Judgement(id=f"t{n}", messages=asked[n], completion=f"room {n}", label=labels[n % 2])
+        for n in range(2, 12)
+    )
+    folder.mkdir(exist_ok=True)
+    write_examples(folder / "pairs.jsonl", pairs)
+    write_examples(folder / "judged.jsonl", judged)
+    return pairs, judged
+
+
+def nlls(folder: Path, adapter: Path | None, answers: Any) -> list[float]:
+    tokenizer, model = load_tokenizer(folder / "tiny"), load_model(folder / "tiny")
+    if adapter:
+        lora.merge(model, adapter)
+    rows = [encode_answer(tokenizer, "row", messages, text, 512) for messages, text in answers]
+    return reference_nlls(model, rows)
+
+
+def test_a_round_learns_what_users_preferred_liked_and_disliked(tmp_path: Path) -> None:
+    pairs, judged = preferences(tmp_path)
+    files = {"pair_rows": "pairs.jsonl", "judgement_rows": "judged.jsonl"}
+    found = trained(tmp_path, "one", **files, config={"epochs": 8, "dpo_sft_weight": 0.0})
+    assert found["num_rows"] == counted(new=10, general=4, pairs=2, judgements=10)
+    answers = [
+        *((pair.messages, pair.chosen) for pair in pairs),
+        *((pair.messages, pair.rejected) for pair in pairs),
+        *((row.messages, row.completion) for row in judged if row.label == "desirable"),
+        *((row.messages, row.completion) for row in judged if row.label == "undesirable"),
+    ]
+    before = nlls(tmp_path, None, answers)
+    after = nlls(tmp_path, tmp_path / "one" / "adapter", answers)
+    gained = [old - new for old, new in zip(before, after, strict=True)]
+    assert min(gained[:2]) > max(gained[2:4])
+    assert sum(gained[4:9]) > sum(gained[9:])
+
+
+def test_a_round_of_judgements_alone_is_trained(tmp_path: Path) -> None:
+    preferences(tmp_path)
+    write_examples(tmp_path / "none.jsonl", ())
+    found = trained(tmp_path, "one", train_rows="none.jsonl", judgement_rows="judged.jsonl")
+    assert found["num_rows"] == counted(general=4, judgements=10)
+
+
+def test_judgements_of_one_label_are_left_out(tmp_path: Path) -> None:
+    _, judged = preferences(tmp_path)
+    liked = [row for row in judged if row.label == "desirable"]
+    long = replace(judged[1], completion="far " * 200)
+    write_examples(tmp_path / "liked.jsonl", [*liked, long])
+    found = trained(tmp_path, "one", judgement_rows="liked.jsonl")
+    assert found["num_rows"] == counted(new=10, general=4)
+    assert [row["id"] for row in found["left_out"]] == [long.id]
 
 
 def test_a_row_longer_than_the_context_is_reported_and_the_others_are_learned(
