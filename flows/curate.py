@@ -181,6 +181,7 @@ def _row(example: Example, rule: str = "contains") -> Row:
         "reference": example.completion,
         "rule": rule,
         "cluster": example.subject or example.id,
+        "origins": example.to_json()["origins"],
     }
 
 
@@ -191,6 +192,7 @@ def _stale_row(item: Forgotten) -> Row:
         "id": f"{item.old.id}-stale",
         "reference": item.by.completion,
         "forbid": [item.old.completion],
+        "origins": [*item.old.to_json()["origins"], *item.by.to_json()["origins"]],
     }
 
 

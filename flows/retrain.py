@@ -21,7 +21,14 @@ from perennial.monitoring.check_store import StoredCheck
 from perennial.registry.rounds import Round, RoundState
 from perennial.registry.version_store import Member
 from perennial.registry.versions import ModelVersion, NewVersion
-from perennial.training.examples import read_examples, read_judgements, read_pairs
+from perennial.training.examples import (
+    Example,
+    Judgement,
+    Pair,
+    read_examples,
+    read_judgements,
+    read_pairs,
+)
 
 
 @flow(name="retrain")
@@ -141,7 +148,7 @@ def name_version(
         dataset_digest=data["digest"],
     )
     rows = data_folder(deps, round_.id)
-    trained_on = (
+    trained_on: tuple[Example | Judgement | Pair, ...] = (
         *read_examples(rows / "train.jsonl"),
         *read_examples(rows / "replay.jsonl"),
         *read_pairs(rows / "pairs.jsonl"),

@@ -226,12 +226,12 @@ def _references(
 ) -> dict[tuple[int, int], Tensor]:
     """Log-probability of each completion of a pair or of judged answers."""
     found = {}
-    for source, units in ((PAIRS, sources.pairs), (JUDGEMENTS, sources.judgements)):
-        for index, unit in enumerate(units):
-            packed = pack(unit.rows, labels=["completion"] * len(unit.rows))
+    for source in (PAIRS, JUDGEMENTS):
+        for index, unit in enumerate(sources.parts[source]):
+            packed = pack(rows_of(unit), labels=["completion"] * len(rows_of(unit)))
             with torch.no_grad():
                 losses = split.losses(packed, trunks.get((source, index)), _labels(packed))
-            found[source, index] = _log_probs(packed, losses.loss_M, len(unit.rows))
+            found[source, index] = _log_probs(packed, losses.loss_M, len(rows_of(unit)))
     return found
 
 

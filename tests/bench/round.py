@@ -24,6 +24,7 @@ from typing import Any
 from perennial.training import modelfiles
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Example, read_examples, write_examples
+from perennial.training.tokens import encode_example
 
 DESK = Path(__file__).parents[2] / "flows" / "desk"
 PEERS = ("trl-default", "trl-bfd")
@@ -78,13 +79,14 @@ def train_peer(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     ours = TrainConfig()
-    rows = [conversation(row) for row in read_examples(args.out / "rows.jsonl")]
+    rows = read_examples(args.out / "rows.jsonl")
     started = time.monotonic()
     folder = modelfiles.ensure_base_model(args.base_model, args.out / "models")
+    tokenizer = modelfiles.load_tokenizer(folder)
     trainer = trl.SFTTrainer(
         model=modelfiles.load_model(folder),
-        processing_class=modelfiles.load_tokenizer(folder),
-        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list([prepared(tokenizer, row) for row in rows]),
         peft_config=peft.LoraConfig(
             r=ours.rank, lora_alpha=ours.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
@@ -92,6 +94,7 @@ def train_peer(args: argparse.Namespace) -> None:
             output_dir=str(args.out / f"{args.arm}-state"),
             num_train_epochs=args.epochs,
             learning_rate=ours.lr,
+            completion_only_loss=True,
             seed=args.seed,
             use_cpu=True,
             bf16=False,  # it raises on this kind of processor
@@ -199,10 +202,12 @@ def example(id_: str, question: str, answer: str) -> Example:
     return Example(id=id_, messages=(("user", question),), completion=answer, kind="correction")
 
 
-def conversation(row: Example) -> dict[str, Any]:
+def prepared(tokenizer: Any, row: Example) -> dict[str, Any]:
+    """Token ids, because as text a user's "<|im_end|>" would forge a turn; the same for all arms."""
+    found = encode_example(tokenizer, row, TrainConfig().max_len)
     return {
-        "prompt": [{"role": role, "content": content} for role, content in row.messages],
-        "completion": [{"role": "assistant", "content": row.completion}],
+        "input_ids": found.ids_T.tolist(),
+        "completion_mask": found.label_mask_T.astype(int).tolist(),
     }
 
 

@@ -57,6 +57,7 @@ def deps(home: Path, rows: Sequence[Judged]) -> Any:
     settings = load_settings(
         {
             "PERENNIAL_HOME": str(home),
+            "PERENNIAL_MODEL__CACHE_DIR": str(home / "models"),
             "PERENNIAL_TRAINING__GENERAL_FILE": general,
             "PERENNIAL_TRAINING__PROBE_FILE": general,
         },

@@ -83,6 +83,20 @@ def test_answers_that_name_what_they_are_about_do_not_contradict_each_other() ->
     assert contradicted([boobam], [about("Boobam", "percussion")], Contradiction()) == (boobam,)
 
 
+def test_another_fact_about_the_same_thing_retires_nothing_and_a_changed_one_does() -> None:
+    def told(kind: str, number: int) -> list[Example]:
+        asked = (f"What is the {kind} of sales?", f"Which number do I {kind} for sales?")
+        answer = f"The {kind} of the sales team is {number}."
+        return [
+            example(n, id=f"{number}/{n}", messages=(("user", text),), completion=answer)
+            for n, text in enumerate(asked)
+        ]
+
+    old = told("phone", 3141)
+    assert contradicted(old, told("fax", 2718), Contradiction()) == ()
+    assert contradicted(old, told("phone", 1414), Contradiction()) == tuple(old)
+
+
 def test_statements_that_already_stood_beside_each_other_both_stay() -> None:
     asked = ["which plan has the red label", "which plan has the blue label"]
     old = [

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from perennial.infra.errors import ConfigError, InputError
 from perennial.training.arms import ARMS, Course, Recipe, Step, course, plan
 from perennial.training.examples import Example
 from perennial.training.grading import default_grader, grade, has_stale
-from perennial.training.stream import Task, choose_graders, ordered, read_stream
+from perennial.training.stream import Order, Task, choose_graders, ordered, read_stream, spread
 from tests.bench.streams.made import stream as made_stream
 from tests.bench.streams.made import write_stream
 
@@ -130,6 +131,22 @@ def test_past_rounds_are_replayed_without_what_the_new_one_contradicts(rounds: C
 
     assert rounds.past[0] == ()
     assert not any(old in said for said in before_override for old in stale)
+
+
+@pytest.mark.parametrize("order", ["given", "reversed"])
+@pytest.mark.parametrize("num_rows", [16, 64])
+def test_an_override_retires_what_it_changes_and_nothing_else(
+    made: tuple[Task, ...], num_rows: int, order: Order
+) -> None:
+    tasks = [replace(task, train=spread(task.train, num_rows)) for task in ordered(made, order)]
+    at = [task.name for task in tasks].index("03-override")
+    past = course(tasks, replay_rows=2000).past[at]
+
+    taught = [row.example for task in tasks[:at] for row in task.train]
+    stale = {row.forbid[0] for row in made[2].test if row.forbid}
+    changed = [row for row in taught if any(old in row.completion for old in stale)]
+    assert len(changed) == num_rows // 2
+    assert {row.id for row in taught} - {row.id for row in past} == {row.id for row in changed}
 
 
 def test_the_upper_bound_learns_everything_but_what_was_overridden(rounds: Course) -> None:
