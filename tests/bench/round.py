@@ -203,7 +203,7 @@ def example(id_: str, question: str, answer: str) -> Example:
 
 
 def prepared(tokenizer: Any, row: Example) -> dict[str, Any]:
-    """Token ids, because as text a user's "<|im_end|>" would forge a turn; the same for all arms."""
+    """Token ids, the same for all arms: in a text "<|im_end|>" would forge a turn."""
     found = encode_example(tokenizer, row, TrainConfig().max_len)
     return {
         "input_ids": found.ids_T.tolist(),
