@@ -1,6 +1,7 @@
 """The rows of a round, as a folder of files that is either complete or absent.
 
-`train`, `pairs`, `judgements`, `replay` and `general` are trained on; `suites/` are judged on.
+`train`, `pairs`, `judgements`, `replay` and `general` are trained on; `dev` chooses between blends
+of two adapters, where the recipe asks for it; `suites/` are judged on.
 `next_replay` and `next_judged` are what the round after this one starts from, if this one's
 candidate goes live. `diff.md` says what changed.
 """
@@ -42,7 +43,8 @@ Row = dict[str, Any]  # Any: a suite row as JSON
 class Curated:
     """Everything that a round trains and is judged on.
 
-    `judged` are rows of past rounds to judge by; nothing that asks what they ask is trained on.
+    `judged` are rows of past rounds to judge by, `dev` rows to choose a blend by; nothing that asks
+    what they ask is trained on.
     """
 
     compiled: Compiled
@@ -50,6 +52,7 @@ class Curated:
     pairs: tuple[Pair, ...]
     judgements: tuple[Judgement, ...]
     replay: ReplayStore
+    dev: tuple[Example, ...]
     next_replay: ReplayStore
     judged: tuple[Example, ...]
     forgotten: tuple[Forgotten, ...]
@@ -58,7 +61,8 @@ class Curated:
     def num_known(self) -> int:
         """Compiled rows that are left out because they ask what is judged by."""
         made = (self.compiled.examples, self.compiled.pairs, self.compiled.judgements)
-        used = (self.new.train, self.new.judge, self.pairs, self.judgements)
+        dev = [row for row in self.dev if row.kind != "replay"]
+        used = (self.new.train, self.new.judge, dev, self.pairs, self.judgements)
         return sum(map(len, made)) - sum(map(len, used))
 
 
@@ -94,13 +98,23 @@ def _against_the_past(
     replay = replace(replay, rows=tuple(row for row in replay.rows if row.id not in ids))
     new = split_holdout(not_judged(compiled.examples, judged), settings.holdout)
     apart = (*judged, *new.judge)
+    next_replay = replay.add(new.train, round_.id)
+    dev: tuple[Example, ...] = ()
+    if champion is not None and settings.overrides.get("start") == "blend":
+        for_new, for_past = (
+            split_holdout(rows, settings.holdout) for rows in (new.train, replay.rows)
+        )
+        new, replay = replace(new, train=for_new.train), replace(replay, rows=for_past.train)
+        dev = (*for_new.judge, *for_past.judge)
+    untold = (*apart, *dev)
     return Curated(
         compiled=compiled,
         new=new,
-        pairs=not_judged(compiled.pairs, apart),
-        judgements=_of_both_labels(not_judged(compiled.judgements, apart)),
+        pairs=not_judged(compiled.pairs, untold),
+        judgements=_of_both_labels(not_judged(compiled.judgements, untold)),
         replay=replay,
-        next_replay=replay.add(new.train, round_.id),
+        dev=dev,
+        next_replay=next_replay,
         judged=judged,
         forgotten=_forgotten(gone, compiled.examples),
     )
@@ -130,6 +144,7 @@ def _write(deps: Deps, round_: Round, curated: Curated, folder: Path) -> None:
         "pairs": curated.pairs,
         "judgements": curated.judgements,
         "replay": curated.replay.rows,
+        "dev": curated.dev,
         "general": [_general(i, *pair) for i, pair in enumerate(general)],
         "next_judged": (*curated.judged, *_of_round(curated.new.judge, round_.id)),
     }

@@ -73,8 +73,8 @@ def _follow(
 ) -> list[str]:
     lines: list[str] = []
     deadline = time.monotonic() + timeout_s
+    assert child.stdout is not None  # it is a pipe
     try:
-        assert child.stdout is not None  # it is a pipe
         for line in child.stdout:
             lines.append(line.rstrip())
             on_line(line.rstrip())
@@ -88,4 +88,5 @@ def _follow(
                 child.wait(_STOP_S)
             child.kill()
             child.wait()
+        child.stdout.close()
     return lines

@@ -123,6 +123,7 @@ def train_adapter(
             "general_rows": str(rows / "general.jsonl"),
             "pair_rows": str(rows / "pairs.jsonl"),
             "judgement_rows": str(rows / "judgements.jsonl"),
+            "dev_rows": str(rows / "dev.jsonl"),
             **_kept_by(champion),
             "config": deps.settings.training.overrides,
         }
@@ -151,6 +152,7 @@ def name_version(
     trained_on: tuple[Example | Judgement | Pair, ...] = (
         *read_examples(rows / "train.jsonl"),
         *read_examples(rows / "replay.jsonl"),
+        *read_examples(rows / "dev.jsonl"),
         *read_pairs(rows / "pairs.jsonl"),
         *read_judgements(rows / "judgements.jsonl"),
     )

@@ -67,8 +67,6 @@ def read_train_job(path: Path) -> TrainJob:
     if train_rows is None:
         raise ConfigError("train_rows must name a file, got null", name="train_rows")
     config = configs.from_json(_mapping(raw, "config", {}))
-    if config.start == "blend" and parent is not None and rows["dev_rows"] is None:
-        raise ConfigError("start 'blend' needs dev_rows to choose α by", name="dev_rows")
     adapters = [
         folder / "adapter_model.safetensors" if folder else None for folder in (parent, fast)
     ]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from perennial.infra.errors import InputError, TooLargeError
+from perennial.infra.errors import ConfigError, InputError, TooLargeError
 from perennial.training.compile import class_weights
 from perennial.training.examples import (
     Example,
@@ -48,6 +48,7 @@ def rows_of_job(job: TrainJob, tokenizer: Any, *, is_rebuild: bool) -> Rows:  # 
 
     Raises:
         InputError: no new row fits.
+        ConfigError: the start is "blend" and there is no row to choose α by.
     """
     left_out: list[LeftOut] = []
     max_len = job.config.max_len
@@ -59,6 +60,9 @@ def rows_of_job(job: TrainJob, tokenizer: Any, *, is_rebuild: bool) -> Rows:  # 
     new, replay, general, dev = (encoded(read_examples(p) if p else ()) for p in paths)
     pairs = read_pairs(job.pair_rows) if job.pair_rows else ()
     judged = read_judgements(job.judgement_rows) if job.judgement_rows else ()
+    is_blend = job.config.start == "blend" and job.parent_adapter is not None
+    if is_blend and not is_rebuild and not dev:
+        raise ConfigError("start 'blend' needs dev_rows to choose α by", name="dev_rows")
     if is_rebuild:
         new, replay = new + replay, ()
     sources = Sources(

@@ -49,7 +49,7 @@ def judged(number: int, question: str, answer: str, signal: Signal) -> Judged:
     return Judged(feedback=feedback, interaction=interaction)
 
 
-def deps(home: Path, rows: Sequence[Judged]) -> Any:
+def deps(home: Path, rows: Sequence[Judged], **environment: str) -> Any:
     """The parts of `Deps` that curation reads."""
     (home / "general.jsonl").write_text('{"prompt": "hello", "answer": "hello there"}\n')
     (home / "perennial.toml").touch()
@@ -60,6 +60,7 @@ def deps(home: Path, rows: Sequence[Judged]) -> Any:
             "PERENNIAL_MODEL__CACHE_DIR": str(home / "models"),
             "PERENNIAL_TRAINING__GENERAL_FILE": general,
             "PERENNIAL_TRAINING__PROBE_FILE": general,
+            **environment,
         },
         home / "perennial.toml",
     )
@@ -148,3 +149,28 @@ def test_the_next_round_trains_on_nothing_that_is_judged_by(tmp_path: Path) -> N
     )
     kept = load_replay(folder / "next_replay.jsonl")
     assert {row.round_id for row in kept.rows} == {"rnd_1", "rnd_2"}
+
+
+def test_a_blend_is_chosen_on_new_and_past_rows_that_are_not_trained_on(tmp_path: Path) -> None:
+    some = deps(tmp_path, first_round())
+    curate(some, a_round(1), None, data_folder(some, "rnd_1"))
+    fresh = [
+        judged(300 + n, f"Which colour has the {name}?", "?", Correction(text=f"It is {name}-red."))
+        for n, name in enumerate(NAMES)
+    ]
+    blend = {"PERENNIAL_TRAINING__OVERRIDES": '{ start = "blend" }'}
+    later = deps(tmp_path, fresh, **blend)
+    champion: Any = SimpleNamespace(round_id="rnd_1")
+
+    curate(later, a_round(2), champion, data_folder(later, "rnd_2"))
+
+    folder = data_folder(later, "rnd_2")
+    dev, train, replay = (
+        read_examples(folder / f"{name}.jsonl") for name in ("dev", "train", "replay")
+    )
+    assert {row.kind == "replay" for row in dev} == {True, False}
+    asked = {row.prompt_key for row in dev}
+    assert not asked & {row.prompt_key for row in (*train, *replay)}
+    kept = {row.id for row in load_replay(folder / "next_replay.jsonl").rows}
+    assert {row.id for row in dev if row.kind != "replay"} <= kept
+    assert read_examples(data_folder(later, "rnd_1") / "dev.jsonl") == ()
