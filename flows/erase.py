@@ -17,7 +17,6 @@ from perennial.flows.wiring import Deps
 from perennial.infra.artifacts import MANIFEST, seal, write_atomic
 from perennial.infra.errors import UnavailableError
 from perennial.infra.locks import hold
-from perennial.training.cache import clear
 from perennial.training.examples import read_jsonl
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ def _withdraw(deps: Deps, erased: Set[str]) -> int:
     folders = sorted((deps.settings.home / "rounds").glob("*/data"))
     held = [folder for folder in folders if _holds(folder, erased)]
     if held:
-        clear(deps.settings.model.cache_dir / "trunk")
+        shutil.rmtree(deps.settings.model.cache_dir / "trunk", ignore_errors=True)
     for folder in held:
         _clean(folder, erased)
         log.info("erased rows withdrawn round=%s", folder.parent.name)

@@ -2,13 +2,12 @@
 
 An entry is named by base, layer and tokens, memory-mapped when read, and checked against its
 digest: a damaged one is computed again and never used. The folder is bounded; entries that were not
-used for longest go first. It holds what users wrote in another form: erasure deletes it (`clear`).
+used for longest go first. It holds what users wrote in another form: erasure deletes it.
 """
 
 import hashlib
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +68,6 @@ def folder_digest(folder: Path, pattern: str) -> str:
     for path in sorted(folder.glob(pattern)):
         digest.update(f"{path.name} {artifacts.sha256_file(path)}\n".encode())
     return digest.hexdigest()
-
-
-def clear(folder: Path) -> None:
-    """Delete the cache."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path, row: TokenRow, width: int) -> Tensor | None:
