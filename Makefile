@@ -44,8 +44,8 @@ check: setup .types/perennial ## format, lint, types, import contracts
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: setup ## benchmarks: NAME=round_recipe, say; each ends with a line RESULT {json}
-	@for file in tests/bench/$(if $(filter all,$(NAME)),*,$(NAME)).py; do $(BIN)/python $$file || exit 1; done
+bench: setup ## benchmarks: NAME=continual ARGS='--seeds 0,1', say; each ends with a line RESULT {json}
+	@for file in tests/bench/$(if $(filter all,$(NAME)),*,$(NAME)).py; do $(BIN)/python $$file $(ARGS) || exit 1; done
 
 constraints: setup ## recompile constraints.txt
 	$(BIN)/uv pip compile --quiet --extra dev --python-version 3.11 --python-platform linux --upgrade \

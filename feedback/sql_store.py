@@ -194,6 +194,12 @@ class SqlFeedbackStore:
                 session.execute(asked.values(**_EMPTY_INTERACTION, erased_at=now))
             )
 
+    def erased_feedback(self) -> frozenset[str]:
+        """Ids of the feedback that was emptied, of all tenants."""
+        query = select(FeedbackRow.id).where(FeedbackRow.erased_at.is_not(None))
+        with self._database.read() as session:
+            return frozenset(session.scalars(query))
+
     def ping(self) -> None:
         """Raises UnavailableError when the tables cannot be read."""
         with self._database.read() as session:

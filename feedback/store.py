@@ -126,5 +126,8 @@ class FeedbackStore(Protocol):
         erased finds it stored, and does not store it again.
         """
 
+    def erased_feedback(self) -> frozenset[str]:
+        """Ids of the feedback that was emptied, of all tenants."""
+
     def ping(self) -> None:
         """Raises UnavailableError when the store cannot be reached."""

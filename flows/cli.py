@@ -321,6 +321,88 @@ def demo(
     run_demo(home or settings.home / "demo", seed=seed, json_file=json_file, keep=keep)
 
 
+@main.group()
+def bench() -> None:
+    """Measure what the recipe learns and what it forgets, on streams of your own."""
+
+
+@bench.command("continual")
+@click.option(
+    "--stream",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with 01-name.train.jsonl and 01-name.test.jsonl for each round.",
+)
+@click.option(
+    "--general",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="General rows that drift is measured on, never trained.",
+)
+@click.option(
+    "--general-replay",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="General rows that arms may train on; training.general_file or the packaged by default.",
+)
+@click.option(
+    "--arms",
+    default="naive,replay-same-tokens,full,joint,single",
+    show_default=True,
+    help="Which ways to train, with commas; the base model is always measured.",
+)
+@click.option("--seeds", default="0", show_default=True, help="Seeds, with commas.")
+@click.option(
+    "--order", default="given", show_default=True, help="Of the rounds: given, reversed, or both."
+)
+@click.option(
+    "--rows", type=click.IntRange(1), help="At most so many rows of every file, spread over it."
+)
+@click.option(
+    "--grader",
+    "graders",
+    multiple=True,
+    metavar="TASK=GRADER",
+    help="Grade 01-name by exact, contains, rouge_l or json_fields; by its answers by default.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of results; the same one again goes on where it stopped.",
+)
+@_with_settings
+def continual(
+    settings: Settings,
+    stream: Path,
+    general: Path,
+    general_replay: Path | None,
+    arms: str,
+    seeds: str,
+    order: str,
+    rows: int | None,
+    graders: tuple[str, ...],
+    out: Path,
+) -> None:
+    """Train a stream of tasks round after round and show what is kept; may be killed and run again.
+
+    Writes result.json, index.html and plots into --out.
+    """
+    from perennial.flows.cli_bench import read_request, run_continual
+
+    request = read_request(
+        stream=stream,
+        general=general,
+        general_replay=general_replay,
+        arms=arms,
+        seeds=seeds,
+        order=order,
+        rows=rows,
+        graders=graders,
+        out=out,
+    )
+    run_continual(settings, request)
+
+
 def _as_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

@@ -1,7 +1,9 @@
 """The rows of a round, as a folder of files that is either complete or absent.
 
-`train`, `replay` and `general` are trained on; `suites/` are judged on. `next_replay` and
-`next_judged` are what the round after this one starts from, if this one's candidate goes live.
+`train`, `pairs`, `judgements`, `replay` and `general` are trained on; `dev` chooses between blends
+of two adapters, where the recipe asks for it; `suites/` are judged on.
+`next_replay` and `next_judged` are what the round after this one starts from, if this one's
+candidate goes live. `diff.md` says what changed.
 """
 
 import json
@@ -18,10 +20,18 @@ from perennial.infra.artifacts import Manifest, publish
 from perennial.registry.rounds import Round
 from perennial.registry.versions import ModelVersion
 from perennial.training.compile import Compiled, compile_feedback
-from perennial.training.examples import Example, read_examples, write_examples
+from perennial.training.contradiction import Contradiction, contradicted
+from perennial.training.diff import Diff, Forgotten, render_diff
+from perennial.training.examples import (
+    Example,
+    Judgement,
+    Pair,
+    read_examples,
+    write_examples,
+)
 from perennial.training.general import load_general
-from perennial.training.holdout import Holdout, split_holdout
-from perennial.training.replay import Contradiction, ReplayStore, contradicted, load_replay
+from perennial.training.holdout import Holdout, not_judged, split_holdout
+from perennial.training.replay import ReplayStore, load_replay
 from perennial.training.text import fit_tfidf
 
 _NUM_REPLAYED_JUDGED = 45
@@ -30,22 +40,30 @@ Row = dict[str, Any]  # Any: a suite row as JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forgotten:
-    """A row of a past round and the new one that says otherwise."""
-
-    old: Example
-    by: Example
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Curated:
-    """Everything that a round trains and is judged on."""
+    """Everything that a round trains and is judged on.
+
+    `judged` are rows of past rounds to judge by, `dev` rows to choose a blend by; nothing that asks
+    what they ask is trained on.
+    """
 
     compiled: Compiled
     new: Holdout
+    pairs: tuple[Pair, ...]
+    judgements: tuple[Judgement, ...]
     replay: ReplayStore
+    dev: tuple[Example, ...]
+    next_replay: ReplayStore
     judged: tuple[Example, ...]
     forgotten: tuple[Forgotten, ...]
+
+    @property
+    def num_known(self) -> int:
+        """Compiled rows that are left out because they ask what is judged by."""
+        made = (self.compiled.examples, self.compiled.pairs, self.compiled.judgements)
+        dev = [row for row in self.dev if row.kind != "replay"]
+        used = (self.new.train, self.new.judge, dev, self.pairs, self.judgements)
+        return sum(map(len, made)) - sum(map(len, used))
 
 
 def curate(deps: Deps, round_: Round, champion: ModelVersion | None, folder: Path) -> Manifest:
@@ -54,7 +72,7 @@ def curate(deps: Deps, round_: Round, champion: ModelVersion | None, folder: Pat
     since = cutoff(deps, champion)
     judged = deps.feedback.feedback_between(round_.task, since, round_.opened_at)
     compiled = compile_feedback(to_feedback_rows(judged), to_limits(deps.settings.training))
-    curated = _against_the_past(deps, champion, compiled)
+    curated = _against_the_past(deps, round_, champion, compiled)
     return publish(folder, lambda partial: _write(deps, round_, curated, partial))
 
 
@@ -63,7 +81,9 @@ def data_folder(deps: Deps, round_id: str) -> Path:
     return deps.settings.home / "rounds" / round_id / "data"
 
 
-def _against_the_past(deps: Deps, champion: ModelVersion | None, compiled: Compiled) -> Curated:
+def _against_the_past(
+    deps: Deps, round_: Round, champion: ModelVersion | None, compiled: Compiled
+) -> Curated:
     """New rows apart from those to judge by, and the past without what they contradict."""
     settings = deps.settings.training
     replay = ReplayStore(capacity=settings.replay_rows, seed=0)
@@ -74,13 +94,35 @@ def _against_the_past(deps: Deps, champion: ModelVersion | None, compiled: Compi
         judged = read_examples(past / "next_judged.jsonl")
     gone = contradicted((*replay.rows, *judged), compiled.examples, Contradiction())
     ids = {row.id for row in gone}
+    judged = tuple(row for row in judged if row.id not in ids)
+    replay = replace(replay, rows=tuple(row for row in replay.rows if row.id not in ids))
+    new = split_holdout(not_judged(compiled.examples, judged), settings.holdout)
+    apart = (*judged, *new.judge)
+    next_replay = replay.add(new.train, round_.id)
+    dev: tuple[Example, ...] = ()
+    if champion is not None and settings.overrides.get("start") == "blend":
+        for_new, for_past = (
+            split_holdout(rows, settings.holdout) for rows in (new.train, replay.rows)
+        )
+        new, replay = replace(new, train=for_new.train), replace(replay, rows=for_past.train)
+        dev = (*for_new.judge, *for_past.judge)
+    untold = (*apart, *dev)
     return Curated(
         compiled=compiled,
-        new=split_holdout(compiled.examples, settings.holdout),
-        replay=replay.supersede(compiled.examples),
-        judged=tuple(row for row in judged if row.id not in ids),
+        new=new,
+        pairs=not_judged(compiled.pairs, untold),
+        judgements=_of_both_labels(not_judged(compiled.judgements, untold)),
+        replay=replay,
+        dev=dev,
+        next_replay=next_replay,
+        judged=judged,
         forgotten=_forgotten(gone, compiled.examples),
     )
+
+
+def _of_both_labels(judgements: tuple[Judgement, ...]) -> tuple[Judgement, ...]:
+    """None, when what is kept apart to judge by took all of one label."""
+    return judgements if len({row.label for row in judgements}) == 2 else ()
 
 
 def _forgotten(gone: Sequence[Example], new: Sequence[Example]) -> tuple[Forgotten, ...]:
@@ -97,18 +139,23 @@ def _write(deps: Deps, round_: Round, curated: Curated, folder: Path) -> None:
     settings = deps.settings.training
     general = load_general(settings.general_file or FOLDER / "general_replay.jsonl")
     probe = load_general(settings.probe_file or FOLDER / "general_probe.jsonl")
-    files = {
+    files: dict[str, Sequence[Example | Pair | Judgement]] = {
         "train": curated.new.train,
+        "pairs": curated.pairs,
+        "judgements": curated.judgements,
         "replay": curated.replay.rows,
+        "dev": curated.dev,
         "general": [_general(i, *pair) for i, pair in enumerate(general)],
         "next_judged": (*curated.judged, *_of_round(curated.new.judge, round_.id)),
     }
     for name, rows in files.items():
         write_examples(folder / f"{name}.jsonl", rows)
-    curated.replay.add(curated.new.train, round_.id).save(folder / "next_replay.jsonl")
+    curated.next_replay.save(folder / "next_replay.jsonl")
     for name, suite in _suites(deps, round_, curated, probe).items():
         _write_rows(folder / "suites" / f"{name}.jsonl", suite)
-    (folder / "diff.md").write_text(_diff(round_, curated), encoding="utf-8")
+    names = {row.id: f"round {row.number}" for row in deps.ledger.list_rounds(round_.task)}
+    text = render_diff(_diff(round_, curated), names)
+    (folder / "diff.md").write_text(text, encoding="utf-8")
     counts = {"dropped": {k.value: n for k, n in curated.compiled.num_dropped.items()}}
     counts["rows"] = {name: len(rows) for name, rows in files.items()}
     (folder / "counts.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
@@ -149,6 +196,7 @@ def _row(example: Example, rule: str = "contains") -> Row:
         "reference": example.completion,
         "rule": rule,
         "cluster": example.subject or example.id,
+        "origins": example.to_json()["origins"],
     }
 
 
@@ -159,6 +207,7 @@ def _stale_row(item: Forgotten) -> Row:
         "id": f"{item.old.id}-stale",
         "reference": item.by.completion,
         "forbid": [item.old.completion],
+        "origins": [*item.old.to_json()["origins"], *item.by.to_json()["origins"]],
     }
 
 
@@ -178,18 +227,17 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def _diff(round_: Round, curated: Curated) -> str:
-    """What this round adds, keeps and forgets, for a person."""
-    dropped = ", ".join(f"{n} {k.value}" for k, n in curated.compiled.num_dropped.items()) or "none"
-    parts = [
-        f"# Training rows of round {round_.number}\n",
-        f"{len(curated.new.train)} new, {len(curated.new.judge)} new kept apart to judge by, "
-        f"{len(curated.replay.rows)} kept for replay, {len(curated.forgotten)} forgotten "
-        f"because contradicted. Dropped feedback: {dropped}.\n",
-        "## Forgotten\n",
-        *(f"- {s.old.question} → ~~{s.old.completion}~~ {s.by.completion}"
-          for s in curated.forgotten),
-        "\n## Added\n",
-        *(f"- {e.question} → {e.completion}" for e in curated.new.train),
-    ]  # fmt: skip
-    return "\n".join(parts) + "\n"
+def _diff(round_: Round, curated: Curated) -> Diff:
+    stays = {row.id for row in curated.next_replay.rows}
+    return Diff(
+        title=f"Training rows of round {round_.number}",
+        compiled=curated.compiled,
+        added=curated.new.train,
+        pairs=curated.pairs,
+        judgements=curated.judgements,
+        judge=curated.new.judge,
+        num_known=curated.num_known,
+        kept=curated.replay.rows,
+        forgotten=curated.forgotten,
+        evicted=tuple(row for row in curated.replay.rows if row.id not in stays),
+    )

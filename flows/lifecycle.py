@@ -7,6 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from perennial.flows.collect import join_pending
 from perennial.flows.detect import check_traffic
+from perennial.flows.erase import withdraw_erased
 from perennial.flows.release import release_round
 from perennial.flows.retrain import open_round, retrain_round, round_summary
 from perennial.flows.wiring import Deps, connect
@@ -25,6 +26,7 @@ def lifecycle(
     """
     with connect() as deps:
         join_pending(deps)
+        withdraw_erased(deps)
         current = deps.ledger.current(task_name) or _new_round(deps, task_name, is_forced=force)
         if current is None:
             return "hold"

@@ -1,17 +1,22 @@
 """One component's values become another's here, and nowhere else. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Literal
 
 from perennial.feedback.records import (
+    Action,
     Binary,
     Correction,
     Demonstration,
+    Implicit,
     Interaction,
     Judged,
     Message,
+    Preference,
+    Score,
+    Signal,
 )
 from perennial.infra.settings import CheckSettings, GateSettings, TrainingSettings
 from perennial.monitoring.policy import Policy
@@ -19,8 +24,17 @@ from perennial.monitoring.windows import TrafficRow
 from perennial.registry.gate import GateRules
 from perennial.serving.recorder import RecordedAnswer
 from perennial.training.compile import CompileLimits, FeedbackRow
+from perennial.training.examples import Label
 
 PROBE_TAG = "probe"
+# An edit whose text nobody sent says that something was wrong, and not what.
+_LABELS: Mapping[Action, Label] = {
+    "copy": "desirable",
+    "accept": "desirable",
+    "regenerate": "undesirable",
+    "abandon": "undesirable",
+    "retry": "undesirable",
+}
 
 
 def is_traffic(interaction: Interaction) -> bool:
@@ -60,7 +74,7 @@ def to_traffic(
 
 
 def to_feedback_rows(judged: Iterable[Judged]) -> tuple[FeedbackRow, ...]:
-    """Corrections and demonstrations with the conversation they belong to, oldest first."""
+    """Every signal about traffic, with its conversation; the compiler decides what it teaches."""
     return tuple(row for item in judged if (row := _to_feedback_row(item)) is not None)
 
 
@@ -144,26 +158,47 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def _to_feedback_row(item: Judged) -> FeedbackRow | None:
-    feedback, signal = item.feedback, item.feedback.signal
-    if isinstance(signal, Correction):
-        kind: Literal["correction", "demonstration"] = "correction"
-    elif isinstance(signal, Demonstration):
-        kind = "demonstration"
-    else:
+    feedback, about = item.feedback, item.interaction
+    if about and not is_traffic(about):
         return None
-    if item.interaction and not is_traffic(item.interaction):
-        return None
-    messages = item.interaction.messages if item.interaction else feedback.target.messages
-    return FeedbackRow(
+    answer = about.completion if about else feedback.target.completion
+    row = FeedbackRow(
         event_id=feedback.id,
-        interaction_id=feedback.interaction_id,
-        subject=feedback.subject or (item.interaction.subject if item.interaction else None),
-        kind=kind,
-        messages=_turns(messages),
-        text=signal.text,
+        subject=feedback.subject or (about.subject if about else None),
+        kind=feedback.signal.kind,
+        messages=_turns(about.messages if about else feedback.target.messages),
         may_train=feedback.may_train,
         received_at=feedback.received_at,
+        answer=answer or "",
     )
+    return _with_signal(row, feedback.signal)
+
+
+def _with_signal(row: FeedbackRow, signal: Signal) -> FeedbackRow:
+    """What was said: a wanted text, a better answer, or a label for the answer that was given."""
+    match signal:
+        case Correction() | Demonstration():
+            return replace(row, text=signal.text)
+        case Preference():
+            return replace(row, text=signal.chosen, answer=signal.rejected)
+        case Implicit(action="edit", text=str(text)):
+            return replace(row, kind="edit", text=text)
+        case Implicit():
+            return replace(row, label=_LABELS.get(signal.action))
+        case Binary():
+            return replace(row, label="desirable" if signal.value else "undesirable")
+        case Score():
+            return replace(row, label=_label_of_score(signal))
+        case _:
+            return row
+
+
+def _label_of_score(score: Score) -> Label | None:
+    """The best and the worst third of the scale; what lies between says nothing clear."""
+    share = (score.value - score.min) / (score.max - score.min)
+    if 1 / 3 < share < 2 / 3:
+        return None
+    return "desirable" if share > 0.5 else "undesirable"
 
 
 def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:

@@ -9,17 +9,28 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from perennial.infra.errors import ConfigError, ModelMissingError, TrainingError
+from perennial.infra.errors import (
+    ConfigError,
+    ModelMissingError,
+    PerennialError,
+    TrainingError,
+    UnavailableError,
+)
 from perennial.infra.locks import hold
 from perennial.infra.settings import Settings, child_environment
 
 log = logging.getLogger(__name__)
 
 _STOP_S = 20.0
+_ERRORS: Mapping[int, type[PerennialError]] = {
+    2: ConfigError,
+    3: ModelMissingError,
+    6: UnavailableError,
+}
 
 
 def run_training_process(
@@ -34,6 +45,7 @@ def run_training_process(
 
     Raises:
         ConfigError, ModelMissingError, TrainingError: as the child said, with its last lines.
+        UnavailableError: the disk is full; the next run goes on from the last checkpoint.
     """
     out.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "perennial.training.run", command, str(job), str(out)]
@@ -49,7 +61,7 @@ def run_training_process(
         )
         lines = _follow(child, settings.training.timeout_s, on_line)
     if child.returncode:
-        kind = {2: ConfigError, 3: ModelMissingError}.get(child.returncode, TrainingError)
+        kind = _ERRORS.get(child.returncode, TrainingError)
         raise kind(
             f"{command} ended with status {child.returncode} for {job}: {' / '.join(lines[-5:])}",
             status=child.returncode,
@@ -61,8 +73,8 @@ def _follow(
 ) -> list[str]:
     lines: list[str] = []
     deadline = time.monotonic() + timeout_s
+    assert child.stdout is not None  # it is a pipe
     try:
-        assert child.stdout is not None  # it is a pipe
         for line in child.stdout:
             lines.append(line.rstrip())
             on_line(line.rstrip())
@@ -76,4 +88,5 @@ def _follow(
                 child.wait(_STOP_S)
             child.kill()
             child.wait()
+        child.stdout.close()
     return lines

@@ -21,7 +21,14 @@ from perennial.monitoring.check_store import StoredCheck
 from perennial.registry.rounds import Round, RoundState
 from perennial.registry.version_store import Member
 from perennial.registry.versions import ModelVersion, NewVersion
-from perennial.training.examples import read_examples
+from perennial.training.examples import (
+    Example,
+    Judgement,
+    Pair,
+    read_examples,
+    read_judgements,
+    read_pairs,
+)
 
 
 @flow(name="retrain")
@@ -114,6 +121,10 @@ def train_adapter(
             "train_rows": str(rows / "train.jsonl"),
             "replay_rows": str(rows / "replay.jsonl"),
             "general_rows": str(rows / "general.jsonl"),
+            "pair_rows": str(rows / "pairs.jsonl"),
+            "judgement_rows": str(rows / "judgements.jsonl"),
+            "dev_rows": str(rows / "dev.jsonl"),
+            **_kept_by(champion),
             "config": deps.settings.training.overrides,
         }
         _run(deps, "train", job, folder)
@@ -138,11 +149,17 @@ def name_version(
         dataset_digest=data["digest"],
     )
     rows = data_folder(deps, round_.id)
+    trained_on: tuple[Example | Judgement | Pair, ...] = (
+        *read_examples(rows / "train.jsonl"),
+        *read_examples(rows / "replay.jsonl"),
+        *read_examples(rows / "dev.jsonl"),
+        *read_pairs(rows / "pairs.jsonl"),
+        *read_judgements(rows / "judgements.jsonl"),
+    )
     members = {
-        event: Member(event_id=event, subject=example.subject)
-        for name in ("train", "replay")
-        for example in read_examples(rows / f"{name}.jsonl")
-        for event in example.event_ids
+        origin.event_id: Member(event_id=origin.event_id, subject=origin.subject)
+        for row in trained_on
+        for origin in row.origins
     }
     return deps.versions.register(new, members.values())
 
@@ -206,6 +223,15 @@ def register_version(
 
 def _folder(deps: Deps, round_: Round) -> Path:
     return deps.settings.home / "rounds" / round_.id
+
+
+def _kept_by(champion: ModelVersion | None) -> Json:
+    """What the round of the parent left beside its adapter for the rounds after it."""
+    if champion is None:
+        return {}
+    beside = champion.adapter_path.parent
+    kept = {"teachers": beside / "teachers", "fast_adapter": beside / "fast"}
+    return {name: str(folder) for name, folder in kept.items() if folder.exists()}
 
 
 def _model(deps: Deps) -> Json:

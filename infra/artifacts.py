@@ -45,7 +45,7 @@ def publish(target: Path, write: Callable[[Path], None]) -> Manifest:
     partial = Path(tempfile.mkdtemp(prefix=f".partial-{target.name}-", dir=target.parent))
     try:
         write(partial)
-        manifest = _seal(partial)
+        manifest = seal(partial)
         try:
             partial.rename(target)
         except OSError:
@@ -117,9 +117,10 @@ def write_atomic(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def _seal(folder: Path) -> Manifest:
+def seal(folder: Path) -> Manifest:
+    """The manifest of what `folder` holds now, written into it; for files changed on purpose."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         _sync_file(path)
         files[str(path.relative_to(folder))] = sha256_file(path)
     manifest = Manifest(files=MappingProxyType(files))

@@ -30,6 +30,17 @@ class LossPoint:
     held_out: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontPoint:
+    """What an arm learned, in points, and how far general text drifted, in nats a token."""
+
+    name: str
+    gain: float
+    gain_interval: tuple[float, float]
+    drift: float
+    drift_interval: tuple[float, float]
+
+
 def plot_loss(points: Sequence[LossPoint], title: str) -> bytes:
     """Training loss with its running mean, and the held-out loss where there is one."""
     figure, axes = _figure(8, 4.5, title)
@@ -50,12 +61,15 @@ def plot_loss(points: Sequence[LossPoint], title: str) -> bytes:
 
 
 def plot_r_matrix(
-    scores: Sequence[Sequence[float | None]], stages: Sequence[str], tasks: Sequence[str]
+    scores: Sequence[Sequence[float | None]],
+    stages: Sequence[str],
+    tasks: Sequence[str],
+    title: str = "What each round did to each suite",
 ) -> bytes:
     """Heat map of R[i, j], the mean score on task j after stage i; None where not measured."""
     values = np.array([[np.nan if v is None else v for v in row] for row in scores], dtype=float)
     width, height = 3.6 + 1.5 * len(tasks), 2.4 + 0.75 * len(stages)
-    figure, axes = _figure(width, height, "What each round did to each suite")
+    figure, axes = _figure(width, height, title)
     image = axes.imshow(values, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_yticks(range(len(stages)), stages)
@@ -99,6 +113,30 @@ def plot_gain(comparisons: Sequence[Comparison], title: str) -> bytes:
         left.legend(*_unique_legend(left), frameon=False, loc="upper center",
                     bbox_to_anchor=(0.5, 1.16), ncols=2)  # fmt: skip
     return _png(figure)
+
+
+def plot_front(points: Sequence[FrontPoint]) -> bytes:
+    """Gain against drift with 95% intervals: up and to the left is better."""
+    figure, axes = _figure(9, 6, "What is learned against what general text loses")
+    for point in points:
+        colour = _BLUE if _is_on_front(point, points) else _GREY
+        axes.plot(point.drift_interval, [point.gain] * 2, color=colour, linewidth=1.5, alpha=0.6)
+        axes.plot([point.drift] * 2, point.gain_interval, color=colour, linewidth=1.5, alpha=0.6)
+        axes.plot(point.drift, point.gain, "o", color=colour, markersize=8)
+        axes.annotate(point.name, (point.drift, point.gain), xytext=(7, 6),
+                      textcoords="offset points", color=_INK)  # fmt: skip
+    axes.axvline(0, color=_INK, linewidth=1)
+    axes.set_xlabel("general NLL, arm minus base, nats a token")
+    axes.set_ylabel("average performance after the last round, points")
+    axes.grid(color=_GRID)
+    return _png(figure)
+
+
+def _is_on_front(point: FrontPoint, points: Sequence[FrontPoint]) -> bool:
+    """No other point is as good on both axes and better on one."""
+    mine = (point.gain, -point.drift)
+    others = [(other.gain, -other.drift) for other in points]
+    return not any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in others)
 
 
 def _draw_means(axes: Axes, place: int, item: Comparison) -> None:

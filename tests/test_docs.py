@@ -11,6 +11,7 @@ from perennial.feedback.keys import open_access
 from perennial.flows.cli import main
 from perennial.flows.cli_settings import settings_table
 from perennial.infra import errors
+from perennial.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -55,6 +56,12 @@ def test_every_error_code_is_documented() -> None:
     codes = {k.code for k in kinds if issubclass(k, errors.PerennialError)}
 
     assert [code for code in sorted(codes) if f"`{code}`" not in text] == []
+
+
+def test_every_field_of_the_recipe_is_documented() -> None:
+    text = (DOCS / "rounds.md").read_text()
+
+    assert [name for name in TrainConfig().to_json() if f"`{name}`" not in text] == []
 
 
 def test_links_between_pages_resolve() -> None:

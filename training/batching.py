@@ -31,6 +31,12 @@ class Packed:
     at_M: NDArray[np.int64]
 
     @property
+    def sizes(self) -> tuple[int, list[int]]:
+        """Tokens of the shared prefix, and of each row's rest."""
+        counts = np.bincount(self.row_N + 1)
+        return int(counts[0]), [int(size) for size in counts[1:]]
+
+    @property
     def visible_NN(self) -> NDArray[np.bool_]:
         """True where the first token may attend to the second."""
         same = self.row_N[:, None] == self.row_N[None, :]

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from perennial.infra import artifacts
-from perennial.infra.errors import IntegrityError
+from perennial.infra.errors import IntegrityError, UnavailableError
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
@@ -33,7 +34,11 @@ class Cursor:
 def save(
     folder: Path, cursor: Cursor, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Publish `folder/step-N` atomically and drop the older ones."""
+    """Publish `folder/step-N` atomically and drop the older ones.
+
+    Raises:
+        UnavailableError: it cannot be written, the disk is full say; the older ones stay.
+    """
     target = folder / f"step-{cursor.step:06d}"
 
     def write(inner: Path) -> None:
@@ -46,7 +51,14 @@ def save(
         safetensors.torch.save_file(copies, inner / _TENSORS)
         (inner / _STATE).write_text(json.dumps({"step": cursor.step, "job": cursor.job}))
 
-    artifacts.publish(target, write)
+    try:
+        artifacts.publish(target, write)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UnavailableError(
+            f"cannot write checkpoint {target}: {error}; free disk space and start again: the run "
+            "goes on from the checkpoint before",
+            step=cursor.step,
+        ) from error
     for old in folder.iterdir():
         if old != target:
             shutil.rmtree(old, ignore_errors=True)

@@ -9,12 +9,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from perennial.infra.errors import ConfigError
 
 Targets = Literal["all-linear", "mlp", "attention"]
-Start = Literal["base", "parent"]
+Start = Literal["parent", "base", "slow-fast", "blend"]
+RecipeName = Literal["sft", "replay", "replay-kd", "anchor", "replay-kd-anchor"]
 
 TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
     "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -25,15 +26,19 @@ TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One recipe. `to_json`/`from_json` round-trip; `fingerprint` names it."""
+    """One round's numbers. `to_json`/`from_json` round-trip; `fingerprint` names them."""
 
+    recipe: RecipeName = "anchor"  # the losses: the table in `recipes`
+    method: Literal["lora", "dora"] = "lora"
     rank: int = 16
     alpha: float = 32.0
     scaling: Literal["classic", "rslora"] = "classic"
     targets: Targets = "all-linear"
     top_layers: int = 20  # LoRA on the last so many layers; those below are frozen and cached
-    start: Start = "parent"  # with a parent: go on from it, or rebuild on the buffer
+    start: Start = "parent"  # what becomes of a parent adapter: see `rounds`
+    rebuild_every: int = 0  # rounds on one adapter until it is rebuilt on the buffer; 0: never
     lr: float = 1e-3
+    b_lr_ratio: float = 1.0  # LoRA+: the learning rate of B over that of A
     warmup_share: float = 0.1
     final_lr_share: float = 0.1
     weight_decay: float = 0.0
@@ -47,17 +52,26 @@ class TrainConfig:
     kl_weight: float = 1.0
     kl_top_k: int = 20
     kl_scope: Literal["completion", "all"] = "completion"
+    kl_budget: float = 0.0  # nats a token from the base on general rows; beyond it: stop; 0: none
+    reference: Literal["start", "base"] = "start"  # of DPO and KTO: the adapter as loaded, or off
+    preference_beta: float = 0.1
+    preference_weight: float = 1.0  # of DPO and KTO beside cross-entropy
+    dpo_sft_weight: float = 0.5  # of the cross-entropy of chosen answers, inside DPO
     shrink: float = 1.0  # ΔW is multiplied by this at the end
     checkpoint_steps: int = 20
+    kernels: Literal["fused", "plain"] = "fused"  # plain: every product by transformers and PEFT
+    cache_mb: int = 2000  # frozen-trunk activations kept on disk across rounds; 0: none
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("rank", "alpha", "lr", "epochs", "batch_tokens", "max_len", "kl_top_k")
-        for name in (*positive, "top_layers", "max_grad_norm", "checkpoint_steps"):
+        positive: tuple[str, ...] = ("rank", "alpha", "lr", "epochs", "batch_tokens", "max_len")
+        positive += ("top_layers", "max_grad_norm", "checkpoint_steps", "b_lr_ratio")
+        for name in (*positive, "kl_top_k", "preference_beta"):
             self._require(name, getattr(self, name) > 0, "positive")
         for name in ("warmup_share", "final_lr_share", "shrink"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("weight_decay", "kl_weight", "seed"):
+        unbounded = ("weight_decay", "kl_weight", "kl_budget", "seed", "rebuild_every", "cache_mb")
+        for name in (*unbounded, "preference_weight", "dpo_sft_weight"):
             self._require(name, getattr(self, name) >= 0, "zero or more")
         for name in ("replay_share", "general_share", "question_dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -65,6 +79,12 @@ class TrainConfig:
         self._require("replay_share", total < 1, "below 1 together with general_share")
         for name, allowed in _CHOICES.items():
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        is_measured = self.kl_budget == 0 or "anchor" in self.recipe
+        self._require("kl_budget", is_measured, "0 with a recipe that does not measure the KL")
+        is_split = self.method == "lora" or self.start in ("parent", "base")
+        self._require("start", is_split, "parent or base with method dora, which has no plain ΔW")
+        is_whole = self.method == "lora" or self.shrink == 1
+        self._require("shrink", is_whole, "1 with method dora, which has no plain ΔW")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of every field."""
@@ -82,8 +102,12 @@ class TrainConfig:
 
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
+    "recipe": get_args(RecipeName),
+    "method": ("lora", "dora"),
     "targets": tuple(TARGET_MODULES),
-    "start": ("base", "parent"),
+    "start": get_args(Start),
+    "reference": ("start", "base"),
+    "kernels": ("fused", "plain"),
     "scaling": ("classic", "rslora"),
     "kl_scope": ("completion", "all"),
 }

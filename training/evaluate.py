@@ -5,25 +5,30 @@ the rows is left to the registry.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perennial.training.batching import cut, length_sorted, pack
+from perennial.training.batching import Packed, cut, length_sorted, pack
 from perennial.training.examples import Example
 from perennial.training.grading import EvalRow, is_right
+from perennial.training.loss import TopK, forward_kl, top_k
 from perennial.training.tokens import TokenRow, encode_example, encode_prompt
 from perennial.training.trunk import SplitModel
 
 _NLL_TOKENS = 1024
+_KL_TOP_K = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowResult:
-    """What one model did with one row. `nll` in nats a token of the reference answer."""
+    """What one model did with one row.
+
+    `nll` and `kl`, of the base model to this one, are in nats a token of the reference answer.
+    """
 
     id: str
     cluster: str
@@ -31,6 +36,7 @@ class RowResult:
     num_reference_tokens: int
     answer: str | None = None
     is_right: bool | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,11 +65,16 @@ def evaluate(
     tokenizer: Any,
     rows: Sequence[EvalRow],
     limits: Limits,
+    base: Sequence[TopK] | None = None,
 ) -> tuple[tuple[RowResult, ...], SuiteSummary]:
-    """Results in the order of `rows`, and their summary (NLL is the mean over all tokens)."""
+    """Results in the order of `rows`, and their summary (NLL is the mean over all tokens).
+
+    With the base model's `base_top_k` of the same rows, results carry the KL to it.
+    """
     started = time.monotonic()
     encoded = [_encoded(tokenizer, row, limits.max_len) for row in rows]
     nlls = reference_nlls(model, encoded)
+    kls = reference_kls(model, encoded, base) if base else [None] * len(rows)
     graded = [index for index, row in enumerate(rows) if row.rule != "none"]
     prompts = [encode_prompt(tokenizer, rows[index].messages) for index in graded]
     answers = dict(zip(graded, generate(model, tokenizer, prompts, limits), strict=True))
@@ -75,8 +86,9 @@ def evaluate(
             num_reference_tokens=tokens.num_tokens - tokens.num_prompt,
             answer=answers.get(index),
             is_right=is_right(row, answers[index]) if index in answers else None,
+            kl=kl,
         )
-        for index, (row, nll, tokens) in enumerate(zip(rows, nlls, encoded, strict=True))
+        for index, (row, nll, kl, tokens) in enumerate(zip(rows, nlls, kls, encoded, strict=True))
     )
     return results, summarise(results, time.monotonic() - started)
 
@@ -99,17 +111,56 @@ def summarise(results: Sequence[RowResult], seconds: float) -> SuiteSummary:
 
 def reference_nlls(model: Any, rows: Sequence[TokenRow]) -> list[float]:  # Any: transformers
     """Mean negative log-likelihood of each row's completion, nats a token."""
-    split = SplitModel(model, 0)
     found: list[float] = []
-    for span in cut([row.num_tokens for row in rows], _NLL_TOKENS):
-        part = [rows[index] for index in span]
-        packed = pack(part, labels=["completion"] * len(part))
-        with torch.no_grad():
-            log_probs = torch.log_softmax(split.logits(packed, None).float(), dim=-1)
+    for span, packed, logits_MV in _logits(model, rows):
+        log_probs = torch.log_softmax(logits_MV.float(), dim=-1)
         losses_M = -log_probs.gather(-1, torch.from_numpy(packed.label_M)[:, None])[:, 0]
         owner_M = torch.from_numpy(packed.owner_M)
-        found += [float(losses_M[owner_M == owner].mean()) for owner in range(len(part))]
+        found += [float(losses_M[owner_M == owner].mean()) for owner in range(len(span))]
     return found
+
+
+def base_top_k(
+    model: Any,  # Any: transformers
+    tokenizer: Any,
+    rows: Sequence[EvalRow],
+    limits: Limits,
+) -> list[TopK]:
+    """The model's likeliest tokens at each position that predicts a reference, for each row."""
+    encoded = [_encoded(tokenizer, row, limits.max_len) for row in rows]
+    found = []
+    for span, packed, logits_MV in _logits(model, encoded):
+        owner_M = torch.from_numpy(packed.owner_M)
+        found += [top_k(logits_MV[owner_M == owner], _KL_TOP_K) for owner in range(len(span))]
+    return found
+
+
+def reference_kls(
+    model: Any,  # Any: transformers
+    rows: Sequence[TokenRow],
+    base: Sequence[TopK],
+) -> list[float]:
+    """Mean KL of the base to the model over each row's completion, nats a token."""
+    found: list[float] = []
+    for span, packed, logits_MV in _logits(model, rows):
+        owner_M = torch.from_numpy(packed.owner_M)
+        found += [
+            float(forward_kl(logits_MV[owner_M == owner], base[index]).mean())
+            for owner, index in enumerate(span)
+        ]
+    return found
+
+
+def _logits(
+    model: Any,  # Any: transformers
+    rows: Sequence[TokenRow],
+) -> Iterator[tuple[range, Packed, Tensor]]:
+    """Which rows run together, how they are packed, and logits that predict their completions."""
+    split = SplitModel(model, 0)
+    for span in cut([row.num_tokens for row in rows], _NLL_TOKENS):
+        packed = pack([rows[index] for index in span], labels=["completion"] * len(span))
+        with torch.no_grad():
+            yield span, packed, split.logits(packed, None)
 
 
 def generate(

@@ -1,19 +1,32 @@
 """General rows: what the model could do before, to be kept (replay) or measured (probe).
 
-The home of `datasets`, which reads the formats that people have such rows in.
+They come from a file, or the base model writes them itself: this module chooses which of its drafts
+are fit, what makes it write them is left to others. The home of `datasets`, which reads the formats
+that people have such rows in.
 """
 
+import json
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import InputError
+from perennial.training.similar import Said, near_duplicates
+from perennial.training.text import clean, words
 
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".csv": "from_csv",
             ".parquet": "from_parquet"}  # fmt: skip
+_COLUMNS = (("prompt", "answer"), ("instruction", "output"))
+_NEAR_DUPLICATE = 0.8
+_MAX_REPEATS = 3
 
 
 def load_general(path: Path) -> tuple[tuple[str, str], ...]:
     """(prompt, answer) pairs of a JSON Lines, CSV or Parquet file with these two columns.
+
+    The columns may also be `instruction` and `output`; an `input` then follows the instruction.
 
     Raises:
         InputError: the file is missing or of another format, or a column is missing.
@@ -29,7 +42,57 @@ def load_general(path: Path) -> tuple[tuple[str, str], ...]:
             )
         except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
-    missing = {"prompt", "answer"} - set(rows.column_names)
-    if missing:
-        raise InputError(f"{path} lacks the column {', '.join(sorted(missing))}")
-    return tuple((str(row["prompt"]), str(row["answer"])) for row in rows)
+    asked, told = next((p for p in _COLUMNS if {*p} <= {*rows.column_names}), (None, None))
+    if asked is None:
+        wanted = " or ".join("+".join(pair) for pair in _COLUMNS)
+        raise InputError(f"{path} needs the columns {wanted}; it has {rows.column_names}")
+    return tuple((_prompt(row, asked), str(row[told])) for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """A question that the base model thought of, and its own answer to it."""
+
+    prompt: str
+    answer: str
+    has_ended: bool  # the model ended the answer itself, it was not cut off
+
+
+def fit_drafts(drafts: Sequence[Draft], num_rows: int) -> tuple[Draft, ...]:
+    """The first `num_rows` drafts, cleaned, that hold the model to something worth keeping.
+
+    Left out are empty or cut off answers, those that go round in circles (three times four
+    words that were there before), and questions asked before in almost the same words.
+    """
+    cleaned = [
+        Draft(prompt=clean(draft.prompt), answer=clean(draft.answer), has_ended=True)
+        for draft in drafts
+        if draft.has_ended
+    ]
+    whole = [
+        draft
+        for draft in cleaned
+        if words(draft.prompt) and words(draft.answer) and not _is_circular(draft.answer)
+    ]
+    asked = [Said(context="", asked=draft.prompt, told="") for draft in whole]
+    flags = near_duplicates(asked, _NEAR_DUPLICATE)
+    distinct = [draft for draft, is_known in zip(whole, flags, strict=True) if not is_known]
+    return tuple(distinct[:num_rows])
+
+
+def write_general(path: Path, drafts: Sequence[Draft]) -> None:
+    """JSON Lines of prompt and answer, as `load_general` reads them; replaced as a whole."""
+    rows = ({"prompt": draft.prompt, "answer": draft.answer} for draft in drafts)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(path, text.encode())
+
+
+def _is_circular(text: str) -> bool:
+    found = words(text)
+    fours = [tuple(found[at : at + 4]) for at in range(len(found) - 3)]
+    return len(fours) - len(set(fours)) >= _MAX_REPEATS
+
+
+def _prompt(row: Mapping[str, object], asked: str) -> str:
+    given = row.get("input") if asked == "instruction" else None
+    return f"{row[asked]}\n\n{given}" if given else str(row[asked])

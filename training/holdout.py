@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perennial.infra.errors import InputError
-from perennial.training.examples import Example
+from perennial.training.examples import Example, Row
 from perennial.training.text import normalise
 
 _ENOUGH = 3  # wordings of one answer, so that two still teach what the third is judged by
@@ -52,6 +52,12 @@ def split_holdout(examples: Sequence[Example], share: float) -> Holdout:
         train=tuple(e for e in examples if e.id not in judged),
         judge=tuple(e for e in examples if e.id in judged),
     )
+
+
+def not_judged(rows: Sequence[Row], judge: Sequence[Example]) -> tuple[Row, ...]:
+    """The rows whose question, in the same conversation, nothing is judged by."""
+    keys = {example.prompt_key for example in judge}
+    return tuple(row for row in rows if row.prompt_key not in keys)
 
 
 def _rank(example: Example) -> str:

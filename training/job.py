@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from perennial.infra.artifacts import MANIFEST
 from perennial.infra.errors import ConfigError, InputError
 from perennial.training import config as configs
 from perennial.training.config import TrainConfig
@@ -24,9 +25,14 @@ class TrainJob:
     base_model: str
     cache_dir: Path
     parent_adapter: Path | None
+    fast_adapter: Path | None  # of start "slow-fast": the folder fast/ of the parent's round
+    teachers: Path | None  # of the replayed rows: the folder teachers/ of the parent's round
+    dev_rows: Path | None  # of start "blend": rows that choose α
     train_rows: Path
     replay_rows: Path | None
     general_rows: Path | None
+    pair_rows: Path | None
+    judgement_rows: Path | None
     config: TrainConfig
     num_threads: int | None  # None: chosen from the machine
     digest: str  # of the settings and of the bytes of every input; names the job's checkpoints
@@ -42,6 +48,7 @@ class EvalJob:
     suites: Mapping[str, Path]
     max_new_tokens: int
     num_threads: int | None
+    kl_suites: tuple[str, ...]  # on these the KL to the base model is measured too
 
 
 def read_train_job(path: Path) -> TrainJob:
@@ -53,36 +60,48 @@ def read_train_job(path: Path) -> TrainJob:
     """
     raw = _read(path, required=("base_model", "train_rows"), optional=_TRAIN_OPTIONAL)
     home = path.parent
-    rows = {name: _path(raw, name, home) for name in ("train_rows", "replay_rows", "general_rows")}
-    parent = _path(raw, "parent_adapter", home)
+    rows = {name: _path(raw, name, home) for name in _ROWS}
+    parent, fast = _path(raw, "parent_adapter", home), _path(raw, "fast_adapter", home)
+    teachers = _path(raw, "teachers", home)
     train_rows = rows["train_rows"]
     if train_rows is None:
         raise ConfigError("train_rows must name a file, got null", name="train_rows")
     config = configs.from_json(_mapping(raw, "config", {}))
-    weights = parent / "adapter_model.safetensors" if parent else None
+    adapters = [
+        folder / "adapter_model.safetensors" if folder else None for folder in (parent, fast)
+    ]
+    manifest = teachers / MANIFEST if teachers else None
     settings = [raw["base_model"], config.to_json()]
     return TrainJob(
         base_model=_text(raw, "base_model"),
         cache_dir=_path(raw, "cache_dir", home) or home / "models",
         parent_adapter=parent,
+        fast_adapter=fast,
+        teachers=teachers,
+        dev_rows=rows["dev_rows"],
         train_rows=train_rows,
         replay_rows=rows["replay_rows"],
         general_rows=rows["general_rows"],
+        pair_rows=rows["pair_rows"],
+        judgement_rows=rows["judgement_rows"],
         config=config,
         num_threads=_threads(raw),
-        digest=_digest(settings, (*rows.values(), weights)),
+        digest=_digest(settings, (*rows.values(), *adapters, manifest)),
     )
 
 
 def read_eval_job(path: Path) -> EvalJob:
     """The job in a JSON file; errors as in `read_train_job`."""
     required = ("base_model", "adapters", "suites")
-    raw = _read(path, required=required, optional=("cache_dir", "num_threads", "max_new_tokens"))
+    raw = _read(path, required=required, optional=_EVAL_OPTIONAL)
     home = path.parent
     adapters, suites = _mapping(raw, "adapters"), _mapping(raw, "suites")
     max_new_tokens = raw.get("max_new_tokens", 32)
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be a positive int, got {max_new_tokens!r}")
+    kl_suites = raw.get("kl_suites", [])
+    if not isinstance(kl_suites, list) or not {*kl_suites} <= {*suites}:
+        raise ConfigError(f"kl_suites must be a list of names of suites, got {kl_suites!r}")
     for name in (*adapters, *suites):
         if not name or not all(char.isalnum() or char in "-_." for char in name):
             raise ConfigError(f"{name!r} cannot name a result file; use letters, digits, - _ .")
@@ -93,14 +112,18 @@ def read_eval_job(path: Path) -> EvalJob:
         suites=MappingProxyType({name: home / _text(suites, name) for name in suites}),
         max_new_tokens=max_new_tokens,
         num_threads=_threads(raw),
+        kl_suites=tuple(kl_suites),
     )
 
 
+_EVAL_OPTIONAL = ("cache_dir", "num_threads", "max_new_tokens", "kl_suites")
+_ROWS = ("train_rows", "replay_rows", "general_rows", "pair_rows", "judgement_rows", "dev_rows")
 _TRAIN_OPTIONAL = (
     "cache_dir",
     "parent_adapter",
-    "replay_rows",
-    "general_rows",
+    "fast_adapter",
+    "teachers",
+    *_ROWS[1:],
     "config",
     "num_threads",
 )

@@ -31,6 +31,7 @@ def attach(model: Any, config: TrainConfig) -> Any:  # Any: peft
         r=config.rank,
         lora_alpha=config.alpha,
         use_rslora=config.scaling == "rslora",
+        use_dora=config.method == "dora",
         target_modules=list(TARGET_MODULES[config.targets]),
         layers_to_transform=list(range(num_layers - top, num_layers)),
         task_type="CAUSAL_LM",
@@ -55,8 +56,7 @@ def trainable(model: Any) -> dict[str, Tensor]:  # Any: peft
 
 def save(model: Any, folder: Path, *, shrink: float = 1.0) -> None:  # Any: peft
     """Write weights and config into `folder`, ΔW multiplied by `shrink`."""
-    state = peft.get_peft_model_state_dict(model)
-    scaled = {name: _scaled(name, weight, shrink) for name, weight in state.items()}
+    scaled = {name: _scaled(name, weight, shrink) for name, weight in state(model).items()}
     safetensors.torch.save_file(scaled, folder / WEIGHTS, metadata={"format": "pt"})
     fields = _plain(model.peft_config["default"].to_dict())
     fields |= {"base_model_name_or_path": "", "inference_mode": True}
@@ -85,15 +85,25 @@ def load_into(model: Any, folder: Path) -> None:  # Any: peft
     Raises:
         TrainingError: the adapter in the folder has another rank, other targets or layers.
     """
-    state = read_state(folder)
+    set_state(model, read_state(folder), folder)
+
+
+def state(model: Any) -> dict[str, Tensor]:  # Any: peft
+    """A copy of the adapter's tensors by PEFT name."""
+    found = peft.get_peft_model_state_dict(model)
+    return {name: weight.detach().clone() for name, weight in found.items()}
+
+
+def set_state(model: Any, given: Mapping[str, Tensor], origin: Path) -> None:  # Any: peft
+    """Set the attached adapter's weights; errors as in `load_into`, naming `origin`."""
     own = peft.get_peft_model_state_dict(model)
-    odd = sorted(set(state) ^ set(own)) or [n for n in own if own[n].shape != state[n].shape]
+    odd = sorted(set(given) ^ set(own)) or [n for n in own if own[n].shape != given[n].shape]
     if odd:
         raise TrainingError(
-            f"the parent adapter in {folder} does not fit this config (first: {odd[0]}); "
-            "use start = 'base' or the parent's rank, targets and top_layers"
+            f"the parent adapter in {origin} does not fit this config (first: {odd[0]}); "
+            "use start = 'base' or the parent's rank, targets, method and top_layers"
         )
-    peft.set_peft_model_state_dict(model, state)
+    peft.set_peft_model_state_dict(model, dict(given))
 
 
 def merge(model: Any, folder: Path) -> dict[str, Tensor]:  # Any: transformers
@@ -112,7 +122,13 @@ def merge(model: Any, folder: Path) -> dict[str, Tensor]:  # Any: transformers
             weight = model.get_parameter(key)
             kept[key] = weight.detach().clone()
             b = state[name.replace("lora_A", "lora_B")]
-            weight += scale * (b.float() @ state[name].float()).to(weight.dtype)
+            changed = weight + scale * (b.float() @ state[name].float()).to(weight.dtype)
+            magnitude = state.get(name.replace("lora_A.weight", "lora_magnitude_vector"))
+            if (
+                magnitude is not None
+            ):  # DoRA: the rows' lengths are learned (Liu et al. 2024, eq. 5)
+                changed *= (magnitude / changed.norm(dim=1))[:, None]
+            weight.copy_(changed)
     return kept
 
 

@@ -1,4 +1,4 @@
-"""What this machine gives to training: threads, and how much memory was used."""
+"""What this machine gives to training: threads and memory."""
 
 import os
 import resource
@@ -41,3 +41,9 @@ def yield_cores() -> None:
     if hasattr(os, "SCHED_IDLE"):  # Linux
         with suppress(PermissionError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch, its CPU allocator and Python raise when memory is refused."""
+    refused = "allocate memory" in str(error) or "bad_alloc" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or refused

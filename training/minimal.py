@@ -1,7 +1,7 @@
 """The training loop without speed: read it to know what `trainer` computes.
 
 Each row runs alone through the whole model, nothing is packed, shared or cached. A test holds both
-to equal losses. It trains no question dropout and writes no checkpoint.
+to equal losses. It knows no question dropout, no preferences and no checkpoint.
 """
 
 import math
@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from perennial.training.config import TrainConfig
+from perennial.training.loss import TopK
+from perennial.training.objective import GENERAL, REPLAY, Sources
+from perennial.training.recipes import RECIPES
 from perennial.training.tokens import TokenRow
-from perennial.training.trainer import GENERAL, Sources, learning_rate, plan
+from perennial.training.trainer import learning_rate, plan
 
 
 def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[float]:  # Any: peft
@@ -27,10 +30,16 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
         labelled, distilled = [], []
         for pick in batch:
             row = sources.parts[pick.source][pick.index]
+            assert isinstance(row, TokenRow)
             if pick.source == GENERAL:
                 distilled.append(kl_to_base(model, row, config.kl_top_k))
-            else:
-                labelled.append(completion_losses(model, row))
+                continue
+            blend = RECIPES[config.recipe].replay_blend or 0.0
+            teacher = sources.teachers.get(row.id) if pick.source == REPLAY else None
+            of_row = completion_losses(model, row)
+            if blend and teacher is not None:
+                of_row = (1 - blend) * of_row + blend * kl(model, row, teacher)
+            labelled.append(of_row)
         loss = torch.zeros(())
         if labelled:
             loss = loss + torch.cat(labelled).mean()
@@ -55,12 +64,17 @@ def completion_losses(model: Any, row: TokenRow) -> Tensor:  # Any: peft
 
 
 def kl_to_base(model: Any, row: TokenRow, k: int) -> Tensor:  # Any: peft
-    """KL of the base's top k tokens and one bucket for the rest, at each completion token."""
+    """KL to the base, which is the model with its adapter off, at each completion token."""
     with torch.no_grad(), model.disable_adapter():
         base = torch.log_softmax(completion_logits(model, row), dim=-1)
+    log_probs, tokens = base.topk(min(k, base.shape[-1]), dim=-1)
+    return kl(model, row, TopK(tokens_TK=tokens, log_probs_TK=log_probs))
+
+
+def kl(model: Any, row: TokenRow, teacher: TopK) -> Tensor:  # Any: peft
+    """KL of the teacher's top tokens and one bucket for the rest, at each completion token."""
     ours = torch.log_softmax(completion_logits(model, row), dim=-1)
-    p, tokens = base.topk(min(k, base.shape[-1]), dim=-1)
-    q = ours.gather(-1, tokens)
+    p, q = teacher.log_probs_TK, ours.gather(-1, teacher.tokens_TK)
     p_rest = (1 - p.exp().sum(-1)).clamp_min(1e-6)
     q_rest = (1 - q.exp().sum(-1)).clamp_min(1e-6)
     return (p.exp() * (p - q)).sum(-1) + p_rest * (p_rest / q_rest).log()

@@ -1,4 +1,4 @@
-"""In which order new, replayed and general rows are seen.
+"""In which order new, replayed and general rows are seen, with pairs and judgements among them.
 
 Shares are of tokens, not rows: a long answer counts for what it costs. Everything follows from the
 seed, so a run that was killed finds the same batches. What a batch looks like inside is `batching`.
@@ -14,7 +14,7 @@ from perennial.training.batching import cut
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shares:
-    """Wanted parts of an epoch's tokens; new rows take the rest."""
+    """Wanted parts of an epoch's tokens; new rows, pairs and judgements take the rest."""
 
     replay: float
     general: float
@@ -24,27 +24,40 @@ class Shares:
 class Pick:
     """One row of one source, at one place of the order."""
 
-    source: int  # 0 new, 1 replay, 2 general
+    source: int  # 0 new, 1 replay, 2 general, 3 pairs, 4 groups of judgements
     index: int
 
 
 Batch = tuple[Pick, ...]
+_REPLAY, _GENERAL = 1, 2
 
 
 def plan_batches(
-    sizes: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    sizes: Sequence[Sequence[int]],
     shares: Shares,
     *,
     epochs: int,
     batch_tokens: int,
     seed: int,
 ) -> tuple[Batch, ...]:
-    """All batches of a run. `sizes` are tokens of the new, replay and general rows.
+    """All batches of a run; more epochs begin with the batches of fewer.
 
-    Each new row is seen once an epoch. Replay and general rows are drawn without repetition until
-    all were seen, then again. A source without rows gives its share to the others.
+    Each new row, pair and judgement is seen once an epoch. Replay and general rows are drawn
+    without repetition until all were seen, then again. A source without rows gives its share to the
+    others.
+
+    Args:
+        sizes: positive tokens of each row of the sources, in the order of `Pick.source`; a pair and
+            a group of judgements have those of all their answers. The last two may be left out.
+        shares: of replay and general rows.
+        epochs: passes over the new rows.
+        batch_tokens: what a batch holds at most, unless one row has more.
+        seed: equal for equal batches.
+
+    Raises:
+        InputError: there is nothing new.
     """
-    if not sizes[0]:
+    if not any(part for source, part in enumerate(sizes) if source not in (_REPLAY, _GENERAL)):
         raise InputError("there is no new row to train on")
     source = random.Random(seed)
     wanted = _wanted_tokens(sizes, shares)
@@ -54,8 +67,7 @@ def plan_batches(
         drawn = [deck.draw(num) for deck, num in zip(decks, wanted, strict=True)]
         order = _interleave(drawn, sizes)
         lengths = [sizes[pick.source][pick.index] for pick in order]
-        spans = cut(lengths, batch_tokens)
-        batches += [tuple(order[i] for i in span) for span in spans]
+        batches += [tuple(order[i] for i in span) for span in cut(lengths, batch_tokens)]
     return tuple(batches)
 
 
@@ -83,12 +95,13 @@ class _Deck:
         return drawn
 
 
-def _wanted_tokens(sizes: Sequence[Sequence[int]], shares: Shares) -> tuple[float, float, float]:
-    replay = shares.replay if sizes[1] else 0.0
-    general = shares.general if sizes[2] else 0.0
-    num_new = float(sum(sizes[0]))
-    total = num_new / (1 - replay - general)
-    return num_new, total * replay, total * general
+def _wanted_tokens(sizes: Sequence[Sequence[int]], shares: Shares) -> list[float]:
+    wanted = [float(sum(part)) for part in sizes]
+    parts = {_REPLAY: shares.replay, _GENERAL: shares.general}
+    share = {source: part if sizes[source] else 0.0 for source, part in parts.items()}
+    num_new = sum(num for source, num in enumerate(wanted) if source not in share)
+    total = num_new / (1 - sum(share.values()))
+    return [total * share[source] if source in share else num for source, num in enumerate(wanted)]
 
 
 def _interleave(drawn: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) -> list[Pick]:
@@ -101,4 +114,6 @@ def _interleave(drawn: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) 
             size = sizes[source][index]
             placed.append(((before + size / 2) / total, source, index))
             before += size
-    return [Pick(source=source, index=index) for _, source, index in sorted(placed)]
+    # Stable: rows at one place stay in the order they were drawn in.
+    placed.sort(key=lambda place: place[:2])
+    return [Pick(source=source, index=index) for _, source, index in placed]

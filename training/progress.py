@@ -28,6 +28,7 @@ class StepRecord:
     grad_norm: float
     num_tokens: int
     elapsed_s: float
+    preference: float | None = None
 
 
 class ProgressLog:

@@ -1,35 +1,21 @@
 """The replay store: a bounded, fair memory of what earlier rounds taught.
 
-It is a value; every change gives a new one. Rows leave when their round has more than its part of
-the capacity, when a newer example contradicts them, and when an event or a subject is erased.
+It is a value; every change gives a new one. Rows leave when their round or topic has more than its
+part of the capacity, when a newer example contradicts them, and when an event or a subject is
+erased. Pairs and judgements are not kept: what an edit taught stays as its example.
 """
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import InputError
+from perennial.training.contradiction import Contradiction, contradicted
 from perennial.training.examples import Example, from_json, read_jsonl
-from perennial.training.text import TfIdf, fit_tfidf, normalise
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contradiction:
-    """When a newer answer replaces an older one to a question in other words.
-
-    Rows with one answer are one statement. Two statements are about the same thing when their
-    answers are alike (cosine of TF-IDF at least `min_answer`), their closest questions are (at
-    least `min_question`), and both together reach `min_sum`. Measured on the demo's desk with any
-    one to three wordings of each side: the four changed facts reach 0.60 or more, any other pair
-    with answers alike 0.42 or less.
-    """
-
-    min_answer: float = 0.3
-    min_question: float = 0.15
-    min_sum: float = 0.58
+from perennial.training.topics import topics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,21 +33,20 @@ class ReplayStore:
             raise InputError("a replay row needs the round it was learned in")
 
     def add(self, examples: Sequence[Example], round_id: str) -> "ReplayStore":
-        """With a round's examples; what they contradict leaves, then each round keeps its part."""
+        """With a round's examples, without what they contradict; each stratum keeps its part."""
         known = self.supersede(examples)
         ids = {row.id for row in known.rows}
+        named = zip(examples, topics([row.question for row in examples]), strict=True)
         fresh = tuple(
-            replace(example, kind="replay", round_id=round_id)
-            for example in examples
+            replace(example, kind="replay", round_id=round_id, topic=topic)
+            for example, topic in named
             if example.id not in ids
         )
         return replace(self, rows=_bounded((*known.rows, *fresh), self.capacity, self.seed))
 
-    def supersede(
-        self, examples: Sequence[Example], rule: Contradiction | None = None
-    ) -> "ReplayStore":
-        """Without the rows that a newer example contradicts, by equal prompt or by `rule`."""
-        gone = {row.id for row in contradicted(self.rows, examples, rule or Contradiction())}
+    def supersede(self, examples: Sequence[Example]) -> "ReplayStore":
+        """Without the rows that a newer example contradicts."""
+        gone = {row.id for row in contradicted(self.rows, examples, Contradiction())}
         return replace(self, rows=tuple(row for row in self.rows if row.id not in gone))
 
     def delete(
@@ -72,7 +57,8 @@ class ReplayStore:
         kept = (
             row
             for row in self.rows
-            if not events.intersection(row.event_ids) and row.subject not in people
+            if events.isdisjoint(row.event_ids)
+            and people.isdisjoint(origin.subject for origin in row.origins)
         )
         return replace(self, rows=tuple(kept))
 
@@ -99,67 +85,42 @@ def load_replay(path: Path) -> ReplayStore:
     return ReplayStore(capacity=capacity, seed=seed, rows=rows)
 
 
-def contradicted(
-    old: Sequence[Example], new: Sequence[Example], rule: Contradiction
-) -> tuple[Example, ...]:
-    """The old rows that a new one answers otherwise; a row that agrees stays."""
-    statements, news = _statements(old), _statements(new)
-    questions = fit_tfidf([row.question for row in (*old, *new)])
-    answers = fit_tfidf([group[0].completion for group in (*statements, *news)])
-    gone: list[Example] = []
-    for group in statements:
-        rivals = [other for other in news if not _agree(group[0], other[0])]
-        keys = {row.prompt_key for other in rivals for row in other}
-        if any(_is_about_same(group, other, questions, answers, rule) for other in rivals):
-            gone += group
-        else:
-            gone += [row for row in group if row.prompt_key in keys]
-    return tuple(gone)
-
-
-def _statements(rows: Sequence[Example]) -> list[list[Example]]:
-    groups: dict[str, list[Example]] = {}
-    for row in rows:
-        groups.setdefault(normalise(row.completion), []).append(row)
-    return list(groups.values())
-
-
-def _agree(left: Example, right: Example) -> bool:
-    return normalise(left.completion) == normalise(right.completion)
-
-
-def _is_about_same(
-    old: Sequence[Example],
-    new: Sequence[Example],
-    questions: TfIdf,
-    answers: TfIdf,
-    rule: Contradiction,
-) -> bool:
-    told = answers.similarity(old[0].completion, new[0].completion)
-    if told < rule.min_answer:
-        return False
-    asked = max(questions.similarity(a.question, b.question) for a in old for b in new)
-    return asked >= rule.min_question and told + asked >= rule.min_sum
-
-
 def _bounded(rows: Sequence[Example], capacity: int, seed: int) -> tuple[Example, ...]:
-    """Rounds share the capacity evenly; what a small round leaves goes to the others.
+    """Rounds share the capacity evenly, and so do the topics inside a round.
 
-    Inside a round the rows with the smallest hash stay: a uniform sample that does not depend on
-    the order of arrival (bottom-k sampling, equivalent to a reservoir).
+    Inside a topic the rows with the smallest hash stay: bottom-k sampling, in distribution what
+    Vitter's reservoir (1985, algorithm R) keeps. Unlike it, it needs no count of what it has seen,
+    keeps the same rows in any order of arrival, and a round that is added again changes nothing.
     """
-    rounds: dict[str, list[Example]] = {}
-    for row in rows:
-        rounds.setdefault(row.round_id or "", []).append(row)
     kept: set[str] = set()
-    left = capacity
-    by_size = sorted(rounds.items(), key=lambda item: (len(item[1]), item[0]))
-    for index, (_, members) in enumerate(by_size):
-        part = left // (len(by_size) - index)
-        chosen = sorted(members, key=lambda row: _rank(row.id, seed))[:part]
-        kept.update(row.id for row in chosen)
-        left -= len(chosen)
+    rounds = _split(rows, lambda row: row.round_id or "")
+    for round_id, num in fair_parts(_sizes(rounds), capacity).items():
+        by_topic = _split(rounds[round_id], lambda row: row.topic)
+        for topic, part in fair_parts(_sizes(by_topic), num).items():
+            chosen = sorted(by_topic[topic], key=lambda row: _rank(row.id, seed))[:part]
+            kept.update(row.id for row in chosen)
     return tuple(row for row in rows if row.id in kept)
+
+
+def fair_parts(sizes: Mapping[str, int], capacity: int) -> dict[str, int]:
+    """Even parts of `capacity`; what a small stratum leaves goes to the larger ones."""
+    parts: dict[str, int] = {}
+    by_size = sorted(sizes, key=lambda name: (sizes[name], name))
+    for index, name in enumerate(by_size):
+        parts[name] = min(sizes[name], capacity // (len(by_size) - index))
+        capacity -= parts[name]
+    return parts
+
+
+def _split(rows: Sequence[Example], key: Callable[[Example], str]) -> dict[str, list[Example]]:
+    strata: dict[str, list[Example]] = {}
+    for row in rows:
+        strata.setdefault(key(row), []).append(row)
+    return strata
+
+
+def _sizes(strata: Mapping[str, Sequence[Example]]) -> dict[str, int]:
+    return {name: len(rows) for name, rows in strata.items()}
 
 
 def _rank(row_id: str, seed: int) -> str:

@@ -2,18 +2,20 @@
 
 It has memory and a crash of its own, so serving never shares either. Running it twice is safe: a
 finished output is found, a killed one goes on from its checkpoint. Exit codes: 0 done, 2 bad job or
-rows, 3 model or adapter missing, 4 training diverged, 5 damaged files, 1 anything else.
+rows, 3 model or adapter missing, 4 training diverged or does not fit in memory, 5 damaged files, 6
+the disk is full or cannot be written, 1 anything else.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,22 +28,37 @@ from perennial.infra.errors import (
     ModelMissingError,
     PerennialError,
     TrainingError,
+    UnavailableError,
 )
-from perennial.training import lora, modelfiles, trainer
-from perennial.training.evaluate import Limits, SuiteSummary, evaluate
-from perennial.training.examples import read_examples
+from perennial.training import lora, modelfiles, rounds, trainer
+from perennial.training.cache import TrunkCache, folder_digest
+from perennial.training.config import Start, TrainConfig
+from perennial.training.evaluate import (
+    Limits,
+    SuiteSummary,
+    base_top_k,
+    evaluate,
+    reference_nlls,
+)
 from perennial.training.grading import read_suite
 from perennial.training.job import EvalJob, TrainJob, read_eval_job, read_train_job
 from perennial.training.machine import choose_threads, peak_rss_mb, yield_cores
+from perennial.training.objective import Sources, TrunkOf, teach
 from perennial.training.progress import ProgressLog
-from perennial.training.tokens import TokenRow, encode_example
-from perennial.training.trainer import Sources, Trained
+from perennial.training.recipes import RECIPES
+from perennial.training.rows import Rows, rows_of_job
+from perennial.training.teachers import write_teachers
+from perennial.training.tokens import TokenRow
+from perennial.training.trainer import Trained
+from perennial.training.trunk import SplitModel
 
+_DISK = 6
 _EXIT_CODES: tuple[tuple[type[PerennialError], int], ...] = (
     (InputError, 2),
     (ModelMissingError, 3),
     (TrainingError, 4),
     (IntegrityError, 5),
+    (UnavailableError, _DISK),
 )
 
 
@@ -59,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PerennialError as error:
         sys.stderr.write(f"{error.code}: {error}\n")
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+    except OSError as error:
+        sys.stderr.write(f"cannot write under {parsed.out}: {error}; free space and run it again\n")
+        return _DISK
     return 0
 
 
@@ -74,28 +94,31 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
     torch.use_deterministic_algorithms(True)
     # It would fill every new tensor, 3% of a round; nothing reads memory before it is written.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
-    folder = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
-    tokenizer = modelfiles.load_tokenizer(folder)
-    sources = _sources(job, tokenizer)
-    model = lora.attach(modelfiles.load_model(folder), job.config)
-    if job.parent_adapter is not None and job.config.start == "parent":
-        lora.load_into(model, job.parent_adapter)
+    parent = rounds.read_lineage(job.parent_adapter) if job.parent_adapter else None
+    beginning = rounds.begin(job.config, parent)
+    base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
+    is_rebuild = parent is not None and beginning.start == "base"
+    rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
+    model = lora.attach(modelfiles.load_model(base), job.config)
+    _load_start(model, job, beginning.start)
     checkpoints = out / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    with ProgressLog(out / "progress.jsonl", console) as log:
-        trained = trainer.train(
-            model, sources, job.config, checkpoints=checkpoints, job=job.digest, on_step=log.step
-        )
-    if adapter.exists():
-        shutil.rmtree(adapter)  # of another job, or of this one killed before its summary
-    manifest = artifacts.publish(
-        adapter, lambda inner: lora.save(model, inner, shrink=job.config.shrink)
-    )
-    seconds = time.monotonic() - started
-    body = _summary(job, trained, sources, manifest.digest, num_threads, seconds)
+    trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
+    for old in (adapter, out / "fast", out / "teachers"):
+        shutil.rmtree(old, ignore_errors=True)  # of another job, or of this one killed at the end
+    alphas = _finish(model, job, beginning.start, parent, rows.dev, out)
+    _keep_teachers(model, job.config, rows.sources, out / "teachers")
+    lineage = rounds.after(None if is_rebuild else parent, trained.kl_to_base)
+    manifest = artifacts.publish(adapter, lambda inner: _write_adapter(model, job, lineage, inner))
+    body = {
+        **_summary(job, trained, rows, manifest.digest, num_threads),
+        "start": asdict(beginning),
+        "lineage": asdict(lineage),
+        "dev_loss_by_alpha": alphas,
+        "wall_s": time.monotonic() - started,
+    }
     artifacts.write_atomic(summary, json.dumps(body, indent=1).encode())
     shutil.rmtree(checkpoints)
-    console.print(f"adapter {adapter} · {seconds:.0f} s · peak {peak_rss_mb():.0f} MB")
+    console.print(f"adapter {adapter} · {body['wall_s']:.0f} s · peak {peak_rss_mb():.0f} MB")
 
 
 def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
@@ -107,54 +130,139 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
     tokenizer = modelfiles.load_tokenizer(folder)
     model = modelfiles.load_model(folder)
     limits = Limits(max_new_tokens=job.max_new_tokens)
+    base = {name: base_top_k(model, tokenizer, suites[name], limits) for name in job.kl_suites}
     table: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, adapter in job.adapters.items():
         kept = lora.merge(model, adapter) if adapter else {}
         table[name] = {}
         for suite, rows in suites.items():
-            results, summary = evaluate(model, tokenizer, rows, limits)
-            lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in results)
+            results, summary = evaluate(model, tokenizer, rows, limits, base.get(suite))
+            lines = (json.dumps(asdict(row), ensure_ascii=False) for row in results)
             content = "".join(line + "\n" for line in lines).encode()
             artifacts.write_atomic(out / name / f"{suite}.jsonl", content)
-            table[name][suite] = dataclasses.asdict(summary)
+            table[name][suite] = asdict(summary)
             console.print(_eval_line(name, suite, summary), highlight=False)
         lora.unmerge(model, kept)
     body = {"results": table, "wall_s": time.monotonic() - started, "peak_rss_mb": peak_rss_mb()}
     artifacts.write_atomic(out / "summary.json", json.dumps(body, indent=1).encode())
 
 
-def _sources(job: TrainJob, tokenizer: object) -> Sources:
-    def encoded(path: Path | None) -> tuple[TokenRow, ...]:
-        rows = read_examples(path) if path else ()
-        return tuple(encode_example(tokenizer, row, job.config.max_len) for row in rows)
+def _train(
+    model: Any,  # Any: peft
+    sources: Sources,
+    job: TrainJob,
+    checkpoints: Path,
+    trunk_of: TrunkOf,
+    console: Console,
+) -> Trained:
+    checkpoints.mkdir(exist_ok=True)
+    with ProgressLog(checkpoints.parent / "progress.jsonl", console) as log:
+        return trainer.train(
+            model,
+            sources,
+            job.config,
+            checkpoints=checkpoints,
+            job=job.digest,
+            on_step=log.step,
+            trunk_of=trunk_of,
+        )
 
-    return Sources(
-        new=encoded(job.train_rows),
-        replay=encoded(job.replay_rows),
-        general=encoded(job.general_rows),
+
+def _load_start(model: Any, job: TrainJob, start: Start) -> None:  # Any: peft
+    """Set the attached adapter to what the round starts from."""
+    if job.parent_adapter is None or start == "base":
+        return
+    if start == "slow-fast":
+        fast = lora.read_state(job.fast_adapter or job.parent_adapter)
+        lora.set_state(model, rounds.orthogonal(fast), job.parent_adapter)
+    else:
+        lora.load_into(model, job.parent_adapter)
+
+
+def _finish(
+    model: Any,  # Any: peft
+    job: TrainJob,
+    start: Start,
+    parent: rounds.Lineage | None,
+    dev: Sequence[TokenRow],
+    out: Path,
+) -> dict[float, float]:
+    """Set the adapter to the one to serve: the slow average, or the blend that is best on dev."""
+    if start == "slow-fast" or (start == "base" and job.config.start == "slow-fast"):
+        artifacts.publish(out / "fast", lambda inner: lora.save(model, inner))
+    if job.parent_adapter is None or parent is None or start not in ("slow-fast", "blend"):
+        return {}
+    old, new = lora.read_state(job.parent_adapter), lora.state(model)
+    if start == "slow-fast":
+        lora.set_state(model, rounds.slow(old, new, parent.num_rounds + 1), job.parent_adapter)
+        return {}
+
+    def dev_loss(state: rounds.State) -> float:
+        lora.set_state(model, state, out)
+        nlls = reference_nlls(model.get_base_model(), dev)
+        return sum(nlls) / len(nlls)
+
+    losses = rounds.sweep(old, new, dev_loss)
+    lora.set_state(model, rounds.blend(old, new, rounds.best(losses)), out)
+    return losses
+
+
+def _keep_teachers(model: Any, config: TrainConfig, sources: Sources, folder: Path) -> None:
+    """What the replayed rows were told, and what the model says now about its new ones."""
+    if not RECIPES[config.recipe].replay_blend:
+        return
+    replayed = [row for row in sources.replay if row.id in sources.teachers]
+    if not replayed and not sources.new:
+        return
+    split = SplitModel(model.get_base_model(), 0, config.kernels)
+    taught = [sources.teachers[row.id] for row in replayed]
+    taught += teach(split, sources.new, None, "completion", config)
+    write_teachers(folder, [*replayed, *sources.new], taught)
+
+
+def _write_adapter(model: Any, job: TrainJob, lineage: rounds.Lineage, folder: Path) -> None:
+    lora.save(model, folder, shrink=job.config.shrink)
+    rounds.write_lineage(folder, lineage)
+
+
+def _trunk_of(job: TrainJob, model_folder: Path) -> TrunkOf:
+    """The frozen trunk through the cache beside the base model, if one is wanted."""
+    if not job.config.cache_mb:
+        return SplitModel.trunk
+    cache = TrunkCache(
+        folder=job.cache_dir / "trunk",
+        base=folder_digest(model_folder, "*.safetensors"),
+        tokenizer=folder_digest(model_folder, "token*"),
+        max_bytes=job.config.cache_mb * 10**6,
     )
+    return cache.trunk
 
 
 def _summary(
-    job: TrainJob,
-    trained: Trained,
-    sources: Sources,
-    digest: str,
-    num_threads: int,
-    seconds: float,
+    job: TrainJob, trained: Trained, rows: Rows, digest: str, num_threads: int
 ) -> dict[str, object]:
-    new, replay, general = (len(part) for part in sources.parts)
     return {
-        **dataclasses.asdict(trained),
+        **asdict(trained),
         "job_digest": job.digest,
         "adapter_digest": digest,
         "base_model": job.base_model,
         "config": job.config.to_json(),
         "config_fingerprint": job.config.fingerprint,
-        "num_rows": {"new": new, "replay": replay, "general": general},
+        "num_rows": _num_rows(rows.sources),
+        "num_taught": len(rows.sources.teachers),
+        "left_out": [asdict(row) for row in rows.left_out],
         "num_threads": num_threads,
-        "wall_s": seconds,
         "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def _num_rows(sources: Sources) -> dict[str, int]:
+    return {
+        "new": len(sources.new),
+        "replay": len(sources.replay),
+        "general": len(sources.general),
+        "pairs": len(sources.pairs),
+        "judgements": sum(len(group.judged) for group in sources.judgements),
     }
 
 

@@ -9,7 +9,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _KEPT_CONTROLS = frozenset("\n\t")
@@ -47,10 +47,9 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
-    """Shared over all words, in [0, 1]; two empty sets are equal."""
-    union = len(left | right)
-    return len(left & right) / union if union else 1.0
+def numbers(text: str) -> frozenset[str]:
+    """The words with a digit in them: what tells "box 3" from "box 14"."""
+    return frozenset(word for word in words(text) if any(char.isdigit() for char in word))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +61,21 @@ class TfIdf:
 
     def similarity(self, left: str, right: str) -> float:
         """Cosine of the two TF-IDF vectors, in [0, 1]."""
-        a, b = self._vector(left), self._vector(right)
-        dot = sum(value * b.get(term, 0.0) for term, value in a.items())
-        norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
-        return dot / norm if norm else 0.0
+        return cosine(self.vector(left), self.vector(right))
 
-    def _vector(self, text: str) -> dict[str, float]:
+    def vector(self, text: str) -> dict[str, float]:
+        """Weights by term, of length 1; empty for a text without words."""
         counts = Counter(words(text))
-        return {term: n * self.idf.get(term, self.unseen) for term, n in counts.items()}
+        weights = {term: n * self.idf.get(term, self.unseen) for term, n in counts.items()}
+        norm = math.sqrt(sum(weight * weight for weight in weights.values()))
+        return {term: weight / norm for term, weight in weights.items()}
+
+
+def cosine(left: Mapping[str, float], right: Mapping[str, float]) -> float:
+    """The cosine of two vectors of length 1."""
+    if len(left) > len(right):
+        left, right = right, left
+    return sum(weight * right[term] for term, weight in left.items() if term in right)
 
 
 def fit_tfidf(texts: Sequence[str]) -> TfIdf:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perennial.infra.errors import InputError
-from perennial.training.examples import Example, Turn
+from perennial.infra.errors import InputError, TooLargeError
+from perennial.training.examples import Example, Judgement, Turn
 
 Ids = NDArray[np.int64]
 
@@ -74,22 +74,38 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:  # Any: transformers
     return ids
 
 
-def encode_example(tokenizer: Any, example: Example, max_len: int) -> TokenRow:
+def encode_example(
+    tokenizer: Any,  # Any: transformers
+    example: Example | Judgement,
+    max_len: int,
+) -> TokenRow:
     """The row as the model sees it in service, ending with the end-of-turn token.
 
     Raises:
-        InputError: the row is longer than `max_len` tokens.
+        TooLargeError: the row is longer than `max_len` tokens.
     """
-    prompt, question = _encode_chat(tokenizer, example.messages)
-    completion = [*encode_text(tokenizer, example.completion), int(tokenizer.eos_token_id)]
+    return encode_answer(tokenizer, example.id, example.messages, example.completion, max_len)
+
+
+def encode_answer(
+    tokenizer: Any,  # Any: transformers
+    row_id: str,
+    messages: Sequence[Turn],
+    answer: str,
+    max_len: int,
+) -> TokenRow:
+    """Any answer to a conversation; as in `encode_example`."""
+    prompt, question = _encode_chat(tokenizer, messages)
+    completion = [*encode_text(tokenizer, answer), int(tokenizer.eos_token_id)]
     if len(prompt) + len(completion) > max_len:
-        raise InputError(
-            f"example {example.id} has {len(prompt) + len(completion)} tokens, more than "
+        raise TooLargeError(
+            f"row {row_id} has {len(prompt) + len(completion)} tokens, more than "
             f"max_len {max_len}; raise max_len or shorten it",
-            id=example.id,
+            id=row_id,
+            num_tokens=len(prompt) + len(completion),
         )
     ids = np.array(prompt + completion, dtype=np.int64)
-    return TokenRow(id=example.id, ids_T=ids, num_prompt=len(prompt), question=question)
+    return TokenRow(id=row_id, ids_T=ids, num_prompt=len(prompt), question=question)
 
 
 def _encode_template(tokenizer: Any, text: str) -> list[int]:  # Any: transformers

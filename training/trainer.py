@@ -1,56 +1,57 @@
 """The training loop, to be read from top to bottom.
 
 It takes tokenised rows and gives an adapter. Which rows, and what becomes of the adapter, is left
-to others. `minimal` is a plain twin of it; a test holds the two to equal losses.
+to others; so is the loss of a batch. `minimal` is a plain twin of it; a test holds the two to equal
+losses.
 """
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from perennial.infra.errors import TrainingError
-from perennial.training import checkpoint, lora
-from perennial.training.batching import Packed, cut, pack
+from perennial.training import checkpoint, lora, objective
 from perennial.training.checkpoint import Cursor
 from perennial.training.config import TrainConfig
-from perennial.training.loss import TopK, cross_entropy, forward_kl, top_k
+from perennial.training.machine import is_out_of_memory
 from perennial.training.mix import Batch, Shares, plan_batches
+from perennial.training.objective import BatchLoss, Prepared, Sources, TrunkOf
 from perennial.training.progress import StepRecord
-from perennial.training.tokens import TokenRow
+from perennial.training.recipes import RECIPES
 from perennial.training.trunk import SplitModel
 
-GENERAL = 2  # the source whose rows are distilled from the base
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sources:
-    """The tokenised rows of a round."""
-
-    new: tuple[TokenRow, ...]
-    replay: tuple[TokenRow, ...] = ()
-    general: tuple[TokenRow, ...] = ()
-
-    @property
-    def parts(self) -> tuple[tuple[TokenRow, ...], ...]:
-        """In the order of `mix.Pick.source`."""
-        return (self.new, self.replay, self.general)
+_LOG = logging.getLogger(__name__)
+_LOOK_BACK = 5  # steps whose mean loss tells whether a run diverges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """What a finished loop reports."""
+    """What a finished loop reports.
+
+    num_parts: into how many a batch had to be cut for memory. kl_to_base: nats a token of general
+    rows, since the checkpoint before the last look.
+    """
 
     num_steps: int
-    num_tokens: int
-    last_loss: float
     resumed_from: int
+    num_tokens: int = 0
+    last_loss: float = math.nan
+    num_parts: int = 1
+    kl_to_base: float | None = None
+    stopped_because: str | None = None
+
+    def after(self, found: BatchLoss, num_parts: int) -> "Trained":
+        """With one more step."""
+        num_tokens = self.num_tokens + found.num_tokens
+        loss = found.total.item()
+        return replace(self, num_tokens=num_tokens, last_loss=loss, num_parts=num_parts)
 
 
 def train(
@@ -61,62 +62,74 @@ def train(
     checkpoints: Path,
     job: str,
     on_step: Callable[[StepRecord], None],
+    trunk_of: TrunkOf = SplitModel.trunk,
 ) -> Trained:
     """Train the attached adapter in place; goes on from the newest checkpoint of the same job.
 
     Raises:
-        TrainingError: the loss is no longer a finite number.
+        TrainingError: the loss is not finite or diverges, or one row alone does not fit in memory.
+        UnavailableError: a checkpoint cannot be written; the ones before it are whole.
     """
     batches = plan(sources, config)
-    prepared = prepare(model, sources, config)
+    prepared = objective.prepare(model, sources, config, trunk_of)
     weights = lora.trainable(model)
-    optimizer = torch.optim.AdamW(
-        weights.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(weights, config)
     cursor = checkpoint.restore(checkpoints, job, weights, optimizer)
-    started, num_tokens, loss = time.monotonic(), 0, math.nan
+    trained = Trained(num_steps=len(batches), resumed_from=cursor.step)
+    started, losses, kls = time.monotonic(), list[float](), list[float]()
     for step, batch in enumerate(batches[cursor.step :], start=cursor.step + 1):
-        lr = learning_rate(step, len(batches), config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        total, ce, kl, size = batch_loss(prepared, batch, config, step)
-        if not torch.isfinite(total):
-            raise TrainingError(f"loss is {total.item()} at step {step}; lower lr", step=step)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]  # torch
+        lr = set_rate(optimizer, learning_rate(step, len(batches), config))
+        found, num_parts = gradients(prepared, batch, config, step, optimizer, trained.num_parts)
         norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), config.max_grad_norm)
+        losses.append(found.total.item())
+        check_loss(losses, float(norm), found, step, model.config.vocab_size)
         optimizer.step()
-        num_tokens, loss = num_tokens + size, total.item()
-        if step % config.checkpoint_steps == 0 and step < len(batches):
+        kls += [found.kl] if found.kl is not None else []
+        trained = trained.after(found, num_parts)
+        on_step(_record(step, len(batches), found, lr, float(norm), time.monotonic() - started))
+        if step % config.checkpoint_steps and step < len(batches):
+            continue
+        trained = replace(trained, kl_to_base=sum(kls) / len(kls) if kls else None)
+        if config.kl_budget and (trained.kl_to_base or 0) > config.kl_budget:
+            good = checkpoint.restore(checkpoints, job, weights, optimizer)
+            return stopped_by_budget(trained, good, step, config.kl_budget)
+        if step < len(batches):
             checkpoint.save(checkpoints, Cursor(step=step, job=job), weights, optimizer)
-        on_step(
-            StepRecord(
-                step=step,
-                num_steps=len(batches),
-                loss=loss,
-                cross_entropy=ce,
-                kl=kl,
-                lr=lr,
-                grad_norm=float(norm),
-                num_tokens=size,
-                elapsed_s=time.monotonic() - started,
-            )
-        )
-    return Trained(
-        num_steps=len(batches), num_tokens=num_tokens, last_loss=loss, resumed_from=cursor.step
-    )
+        kls = []
+    return trained
 
 
 def plan(sources: Sources, config: TrainConfig) -> tuple[Batch, ...]:
-    """The batches of the run, from the seed alone."""
-    new, replay, general = ([row.num_tokens for row in part] for part in sources.parts)
+    """The batches of the run, from the seed alone; a source outside the recipe has no share."""
+    recipe = RECIPES[config.recipe]
     return plan_batches(
-        (new, replay, general),
-        Shares(replay=config.replay_share, general=config.general_share),
+        [[unit.num_tokens for unit in part] for part in sources.parts],
+        Shares(
+            replay=0.0 if recipe.replay_blend is None else config.replay_share,
+            general=config.general_share if recipe.is_anchored else 0.0,
+        ),
         epochs=config.epochs,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
     )
+
+
+def make_optimizer(weights: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; with `b_lr_ratio` B learns faster than A (Hayou et al. 2024, "LoRA+", section 4)."""
+    b_weights = [weight for name, weight in weights.items() if "lora_B" in name]
+    others = [weight for name, weight in weights.items() if "lora_B" not in name]
+    groups = [
+        {"params": others, "ratio": 1.0},
+        {"params": b_weights, "ratio": config.b_lr_ratio},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """`lr`, after it was given to each group in its ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["ratio"]
+    return lr
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
@@ -129,98 +142,105 @@ def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     return config.lr * (share + (1 - share) * (1 + math.cos(math.pi * done)) / 2)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """Rows with what was computed once for the round: trunk activations, teacher's top K."""
-
-    split: SplitModel
-    sources: Sources
-    trunks: tuple[tuple[Tensor, ...] | None, ...]
-    teachers: tuple[TopK, ...]
-
-
-def prepare(model: Any, sources: Sources, config: TrainConfig) -> Prepared:  # Any: peft
-    """One pass over all rows with the adapter off."""
-    base = model.get_base_model()
-    split = SplitModel(base, max(0, base.config.num_hidden_layers - config.top_layers))
-    budget = config.batch_tokens
-    with model.disable_adapter():
-        trunks: tuple[tuple[Tensor, ...] | None, ...] = (None, None, None)
-        if split.num_frozen:
-            split.check_split(sources.new[0])
-            trunks = tuple(tuple(split.trunk(rows, budget)) for rows in sources.parts)
-        teachers = _teachers(split, sources.general, trunks[GENERAL], config)
-    return Prepared(split=split, sources=sources, trunks=trunks, teachers=tuple(teachers))
-
-
-def batch_loss(
-    prepared: Prepared, batch: Batch, config: TrainConfig, step: int
-) -> tuple[Tensor, float | None, float | None, int]:
-    """Total loss, its two parts, and the number of tokens packed."""
-    rows = [prepared.sources.parts[pick.source][pick.index] for pick in batch]
-    kinds = [config.kl_scope if pick.source == GENERAL else "completion" for pick in batch]
-    packed = pack(rows, labels=kinds, dropped=_dropped(rows, batch, config, step))
-    logits_MV = prepared.split.logits(packed, _trunks(prepared, batch))
-    is_general = np.array([pick.source == GENERAL for pick in batch])[packed.owner_M]
-    total, ce, kl = logits_MV.new_zeros(()), None, None
-    if not is_general.all():
-        keep = torch.from_numpy(~is_general)
-        value = cross_entropy(logits_MV[keep], torch.from_numpy(packed.label_M)[keep])
-        total, ce = total + value, value.item()
-    if is_general.any():
-        keep = torch.from_numpy(is_general)
-        value = forward_kl(logits_MV[keep], _teacher_at(prepared, batch, packed))
-        total, kl = total + config.kl_weight * value, value.item()
-    return total, ce, kl, len(packed.ids_N)
-
-
-def _dropped(
-    rows: Sequence[TokenRow], batch: Batch, config: TrainConfig, step: int
-) -> list[frozenset[int]]:
-    """Question positions to leave out of each row; general rows stay whole for their teacher.
-
-    A row that is never asked twice in the same words is learned by what its wordings share.
-    """
-    random = np.random.default_rng((config.seed, step))
-    return [
-        frozenset(
-            at
-            for at, chance in zip(row.question, random.random(len(row.question)), strict=True)
-            if pick.source != GENERAL and chance < config.question_dropout
-        )
-        for row, pick in zip(rows, batch, strict=True)
-    ]
-
-
-def _trunks(prepared: Prepared, batch: Batch) -> list[Tensor] | None:
-    kept = [prepared.trunks[pick.source] for pick in batch]
-    return [part[pick.index] for part, pick in zip(kept, batch, strict=True) if part] or None
-
-
-def _teacher_at(prepared: Prepared, batch: Batch, packed: Packed) -> TopK:
-    """The teacher's rows at the packed positions of the general rows, in packed order."""
-    tokens, log_probs = [], []
-    for owner, pick in enumerate(batch):
-        if pick.source == GENERAL:
-            teacher = prepared.teachers[pick.index]
-            at = torch.from_numpy(packed.at_M[packed.owner_M == owner]) - 1
-            tokens.append(teacher.tokens_TK[at])
-            log_probs.append(teacher.log_probs_TK[at])
-    return TopK(tokens_TK=torch.cat(tokens), log_probs_TK=torch.cat(log_probs))
-
-
-def _teachers(
-    split: SplitModel,
-    rows: Sequence[TokenRow],
-    trunks: Sequence[Tensor] | None,
+def gradients(
+    prepared: Prepared,
+    batch: Batch,
     config: TrainConfig,
-) -> list[TopK]:
-    """The base's top K at every position of each row; entry t predicts token t+1."""
-    found = []
-    for span in cut([row.num_tokens for row in rows], config.batch_tokens):
-        for index in span:
-            packed = pack([rows[index]], labels=["all"])
-            part = None if trunks is None else [trunks[index]]
-            with torch.no_grad():
-                found.append(top_k(split.logits(packed, part), config.kl_top_k))
-    return found
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    num_parts: int,
+) -> tuple[BatchLoss, int]:
+    """The batch's loss with its gradients set, and in how many parts it fitted into memory.
+
+    Gradients of parts add up to the whole batch's, so a halved batch learns the same.
+
+    Raises:
+        TrainingError: a part of one row, pair or group of judged answers does not fit.
+    """
+    over = objective.sums(prepared, batch, config)
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        parts = []
+        try:
+            for part in halved(batch, num_parts):
+                found = objective.batch_loss(prepared, part, over, config, step)
+                found.total.backward()  # type: ignore[no-untyped-call]  # torch
+                parts.append(replace(found, total=found.total.detach()))
+            return objective.add(parts), num_parts
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if num_parts >= len(batch):
+            raise TrainingError(
+                f"out of memory at step {step} with one row at a time, "
+                f"batch of {len(batch)}; lower max_len, top_layers or rank, or free memory",
+                step=step,
+            )
+        num_parts = min(2 * num_parts, len(batch))
+        _LOG.warning("out of memory: the batch is halved step=%d num_parts=%d", step, num_parts)
+
+
+def halved(batch: Batch, num_parts: int) -> list[Batch]:
+    """The batch in at most `num_parts` parts of like size, in order."""
+    size = math.ceil(len(batch) / num_parts)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def check_loss(
+    losses: Sequence[float], norm: float, found: BatchLoss, step: int, vocabulary: int
+) -> None:
+    """Raise TrainingError, with the rows of the batch to look at, when the run has gone wrong.
+
+    It has when loss or gradient is not finite, or when the mean of five steps is more than twice
+    that of the first five and worse than a uniform guess, whose loss is ln(vocabulary).
+    """
+    if math.isfinite(losses[-1]) and math.isfinite(norm):
+        first, last = (
+            sum(part) / _LOOK_BACK for part in (losses[:_LOOK_BACK], losses[-_LOOK_BACK:])
+        )
+        if len(losses) < 2 * _LOOK_BACK or last <= max(2 * first, math.log(vocabulary)):
+            return
+        trouble = f"loss diverges: {first:.3g} at first, now {last:.3g}"
+    else:
+        trouble = f"loss is {losses[-1]:.3g} and the gradient's norm {norm:.3g}"
+    worst = sorted(found.row_losses, key=lambda id_: _badness(found.row_losses[id_]))[:3]
+    rows = ", ".join(f"{id_} ({found.row_losses[id_]:.3g})" for id_ in worst)
+    raise TrainingError(
+        f"{trouble} at step {step}; rows with the highest loss: {rows}; lower lr, or correct "
+        "or remove these rows",
+        step=step,
+    )
+
+
+def stopped_by_budget(trained: Trained, good: Cursor, step: int, budget: float) -> Trained:
+    """The report of a run that went back to its last good checkpoint.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    said = f"KL to the base is {trained.kl_to_base:.3g} at step {step}, over kl_budget {budget:g}"
+    if good.step == 0:
+        raise TrainingError(f"{said}, before the first checkpoint; lower lr or raise kl_weight")
+    _LOG.warning("%s: back to step=%d", said, good.step)
+    return replace(trained, num_steps=good.step, stopped_because=said)
+
+
+def _badness(loss: float) -> float:
+    return -loss if math.isfinite(loss) else -math.inf
+
+
+def _record(
+    step: int, num_steps: int, found: BatchLoss, lr: float, norm: float, elapsed_s: float
+) -> StepRecord:
+    return StepRecord(
+        step=step,
+        num_steps=num_steps,
+        loss=found.total.item(),
+        cross_entropy=found.cross_entropy,
+        kl=found.kl,
+        preference=found.preference,
+        lr=lr,
+        grad_norm=norm,
+        num_tokens=found.num_tokens,
+        elapsed_s=elapsed_s,
+    )

@@ -7,14 +7,18 @@ Models whose decoder is not `model.layers` between an embedding and `model.norm`
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from perennial.infra.errors import TrainingError
 from perennial.training.batching import Packed, cut, pack
+from perennial.training.fused import FusedLayer, Rows, can_fuse
+from perennial.training.loss import PositionLosses, Targets, head_losses, plain_losses
 from perennial.training.tokens import TokenRow
+
+Kernels = Literal["fused", "plain"]
 
 _SPLITTABLE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
@@ -22,16 +26,26 @@ _SPLITTABLE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 class SplitModel:
     """A causal model cut at layer `num_frozen`: trunk below, top above.
 
-    `model` is the plain transformers model; adapters may be attached inside it.
+    `model` is the plain transformers model; adapters may be attached inside it. Kernels "fused" are
+    used where the layers allow it.
     """
 
-    def __init__(self, model: Any, num_frozen: int) -> None:  # Any: transformers
+    def __init__(
+        self,
+        model: Any,  # Any: transformers
+        num_frozen: int,
+        kernels: Kernels = "plain",
+    ) -> None:
         self.model = model
         self.decoder = model.model
-        self.head: nn.Module = model.get_output_embeddings()
+        self.head: Any = model.get_output_embeddings()
         can_split = model.config.model_type in _SPLITTABLE
         self.num_frozen = num_frozen if can_split else 0
         self._layers = self.decoder.layers
+        self._fused: list[FusedLayer] = []
+        if kernels == "fused" and can_fuse(model):
+            size = self._layers[0].self_attn.head_dim
+            self._fused = [FusedLayer(layer, size) for layer in self._layers]
 
     def trunk(self, rows: Sequence[TokenRow], batch_tokens: int) -> list[Tensor]:
         """Input activations of the first trained layer for each row, (T, width), detached."""
@@ -59,17 +73,26 @@ class SplitModel:
         logits: Tensor = self.head(hidden_ND[torch.from_numpy(packed.predict_M)])
         return logits
 
+    def losses(
+        self, packed: Packed, trunks: Sequence[Tensor] | None, targets: Targets
+    ) -> PositionLosses:
+        """Losses at the predicting positions."""
+        if not self._fused or getattr(self.head, "bias", None) is not None:
+            return plain_losses(self.logits(packed, trunks), targets)
+        at = torch.from_numpy(packed.predict_M)
+        return head_losses(self.hidden(packed, trunks).index_select(0, at), self.head, targets)
+
     def check_split(self, row: TokenRow) -> None:
-        """Raise TrainingError unless trunk and top together give what the whole model gives."""
+        """Raise TrainingError unless the parts together give what the plain whole model gives."""
         packed = pack([row], labels=["completion"])
         with torch.no_grad():
-            whole = self.logits(packed, None)
+            whole = SplitModel(self.model, 0).logits(packed, None)
             parts = self.logits(packed, self.trunk([row], row.num_tokens))
         gap = float((whole - parts).abs().max())
         if not gap < 1e-3 * max(1.0, float(whole.abs().max())):
             raise TrainingError(
-                f"the frozen trunk cannot be cached for {self.model.config.model_type}: logits "
-                f"differ by {gap:.2g}; set top_layers to the number of layers",
+                f"trunk and kernels do not fit {self.model.config.model_type}: logits "
+                f"differ by {gap:.2g}; set top_layers to the number of layers, kernels to 'plain'",
                 gap=gap,
             )
 
@@ -78,6 +101,18 @@ class SplitModel:
         return embedded
 
     def _run(self, hidden_ND: Tensor, packed: Packed, part: slice, is_final: bool) -> Tensor:
+        if not self._fused:
+            return self._run_plainly(hidden_ND, packed, part, is_final)
+        position = torch.from_numpy(packed.source_N)[None]
+        cos, sin = self.decoder.rotary_emb(hidden_ND[None], position)
+        rows = Rows(*packed.sizes)
+        for layer in self._fused[part]:
+            hidden_ND = layer(hidden_ND, (cos[0], sin[0]), rows)
+        return self.decoder.norm(hidden_ND) if is_final else hidden_ND
+
+    def _run_plainly(
+        self, hidden_ND: Tensor, packed: Packed, part: slice, is_final: bool
+    ) -> Tensor:
         visible = torch.from_numpy(packed.visible_NN)
         mask = torch.zeros(visible.shape, dtype=hidden_ND.dtype)
         mask.masked_fill_(~visible, torch.finfo(hidden_ND.dtype).min)

@@ -105,3 +105,14 @@ def test_erasing_twice_changes_nothing(
     store: SqlFeedbackStore, erased: tuple[Interaction, Feedback]
 ) -> None:
     assert store.erase_subject("acme", "ada") == 0
+
+
+def test_the_store_names_the_feedback_that_was_erased(
+    store: SqlFeedbackStore,
+    make_feedback: Callable[..., Feedback],
+    erased: tuple[Interaction, Feedback],
+) -> None:
+    put(store, make_feedback(subject="bob", signal=Correction(text="stays")))
+    found = store.erased_feedback()
+    assert erased[1].id in found
+    assert len(found) == 2

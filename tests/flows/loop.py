@@ -11,7 +11,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from perennial.feedback.records import Binary, Correction, Feedback, Interaction, Message, Target
+from perennial.feedback.records import (
+    Binary,
+    Correction,
+    Feedback,
+    Implicit,
+    Interaction,
+    Message,
+    Signal,
+    Target,
+)
 from perennial.feedback.sql_store import SqlFeedbackStore
 from perennial.infra.clock import new_id, utc_now
 from perennial.infra.db import Database
@@ -20,7 +29,7 @@ from perennial.infra.settings import Settings, load_settings
 from tests.feedback.writing import put
 
 TASK = "support"
-NUM_FACTS = 14
+NUM_FACTS, NUM_JUDGED = 14, 16
 WORDINGS = ("where is box {}?", "tell me the place of box {}", "box {}: which pier?")
 ANSWER = "Box {} is at pier seven."
 WRONG = "I have no idea, sorry."
@@ -81,31 +90,37 @@ def save_parrot(folder: Path) -> Path:
 
 
 def fill(settings: Settings) -> None:
-    """Traffic of a model that knows nothing, and corrections of all of it."""
+    """Traffic of a model that knows nothing; users correct it, edit its answers and judge some."""
     upgrade(settings.resolved_database_url)
     database = Database(settings.resolved_database_url)
     store = SqlFeedbackStore(database, utc_now)
-    for wording in WORDINGS:
-        for fact in range(NUM_FACTS):
-            _ask(store, wording.format(fact), ANSWER.format(fact))
+    for fact in range(NUM_FACTS):
+        right = ANSWER.format(fact)
+        first, *others = (wording.format(fact) for wording in WORDINGS)
+        _ask(store, first, "?", Binary(value=False), Correction(text=right))
+        for question in others:
+            _ask(store, question, "?", Implicit(action="edit", text=right))
+    for number in range(NUM_JUDGED):
+        _ask(store, f"is hall {number} open?", f"Hall {number} is open.", Binary(value=True))
+        _ask(store, f"how far is hall {number}?", WRONG, Binary(value=False))
     database.dispose()
 
 
-def _ask(store: SqlFeedbackStore, question: str, answer: str) -> None:
+def _ask(store: SqlFeedbackStore, question: str, answer: str, *signals: Signal) -> None:
     at = datetime(2026, 1, 1, tzinfo=UTC)
     interaction = Interaction(
         id=new_id("int"),
         tenant="default",
         task=TASK,
         messages=(Message(role="user", content=question),),
-        completion="?",
+        completion=answer,
         model_version="base",
         route_role="base",
         received_at=at,
         subject=question,
     )
     put(store, interaction)
-    for said in (Binary(value=False), Correction(text=answer)):
+    for said in signals:
         put(
             store,
             Feedback(

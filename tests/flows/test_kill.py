@@ -1,5 +1,6 @@
 """Whatever is killed at whatever point: run again, and the champion is the same."""
 
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from perennial.infra.clock import utc_now
 from perennial.infra.db import Database
 from perennial.infra.settings import Settings, child_environment
 from perennial.registry.rounds import RoundState
+from perennial.training.examples import read_judgements, read_pairs
 from tests.flows import loop
 from tests.flows.conftest import Server
 
@@ -74,6 +76,20 @@ def _outcome(settings: Settings) -> tuple[str, int, int]:
         assert [r.state for r in rounds] == [RoundState.PROMOTED], _log(settings)
         assert champion is not None
         return champion.version, len(deps.champions.history(loop.TASK)), len(rounds)
+
+
+def _assert_learned_from_every_kind_of_row(settings: Settings) -> None:
+    (round_,) = (settings.home / "rounds").iterdir()
+    trained = json.loads((round_ / "train" / "summary.json").read_bytes())["num_rows"]
+    assert min(trained[name] for name in ("new", "general", "pairs", "judgements")) > 0
+    judged = read_judgements(round_ / "data" / "judgements.jsonl")
+    assert trained["judgements"] == len(judged)
+    with _deps(settings) as deps:
+        champion = deps.champions.current(loop.TASK)
+        assert champion is not None
+        members = {member.event_id for member in deps.versions.members(champion.version)}
+    rows = (*read_pairs(round_ / "data" / "pairs.jsonl"), *judged)
+    assert members >= {origin.event_id for row in rows for origin in row.origins}
 
 
 def _log(settings: Settings) -> str:
@@ -147,6 +163,7 @@ def test_killed_trainer_ends_with_the_same_champion(
 ) -> None:
     killed, whole, _ = twins
     assert _run(whole) == 0, _log(whole)
+    _assert_learned_from_every_kind_of_row(whole)
 
     with _worker(killed) as worker:
         _wait(killed, lambda: _num_train_steps(killed) >= 6)

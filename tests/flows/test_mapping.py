@@ -8,14 +8,20 @@ from perennial.feedback.records import (
     Binary,
     Comment,
     Correction,
+    Demonstration,
     Feedback,
+    Implicit,
     Interaction,
     Judged,
+    Label,
     Message,
+    Preference,
+    Score,
     Signal,
     Target,
 )
 from perennial.flows.mapping import to_feedback_rows, to_traffic, token_f1
+from perennial.training.compile import CompileLimits, Drop, compile_feedback
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -68,13 +74,62 @@ def test_probes_enter_neither_windows_nor_training() -> None:
     assert to_feedback_rows([_judged(Correction(text="two days"), probe)]) == ()
 
 
-def test_only_corrections_and_demonstrations_train() -> None:
-    interaction = _interaction()
-    signals: tuple[Signal, ...] = (Binary(value=True), Comment(text="hm"), Correction(text="two"))
+@pytest.mark.parametrize(
+    ("signal", "kind", "text", "answer", "label"),
+    [
+        (Correction(text="two"), "correction", "two", "one day", None),
+        (Demonstration(text="two"), "demonstration", "two", "one day", None),
+        (Implicit(action="edit", text="two"), "edit", "two", "one day", None),
+        (Preference(chosen="two", rejected="three"), "preference", "two", "three", None),
+        (Binary(value=True), "binary", "", "one day", "desirable"),
+        (Binary(value=False), "binary", "", "one day", "undesirable"),
+        (Score(value=5, min=1, max=5), "score", "", "one day", "desirable"),
+        (Score(value=3, min=1, max=5), "score", "", "one day", None),
+        (Score(value=2, min=1, max=5), "score", "", "one day", "undesirable"),
+        (Implicit(action="copy"), "implicit", "", "one day", "desirable"),
+        (Implicit(action="accept"), "implicit", "", "one day", "desirable"),
+        (Implicit(action="regenerate"), "implicit", "", "one day", "undesirable"),
+        (Implicit(action="abandon"), "implicit", "", "one day", "undesirable"),
+        (Implicit(action="retry"), "implicit", "", "one day", "undesirable"),
+        (Implicit(action="edit"), "implicit", "", "one day", None),
+        (Comment(text="hm"), "comment", "", "one day", None),
+        (Label(value="rude"), "label", "", "one day", None),
+    ],
+)
+def test_each_signal_says_what_is_wanted_or_how_the_answer_was(
+    signal: Signal, kind: str, text: str, answer: str, label: str | None
+) -> None:
+    (row,) = to_feedback_rows([_judged(signal, _interaction())])
 
-    rows = to_feedback_rows(_judged(signal, interaction) for signal in signals)
+    assert (row.kind, row.text, row.answer, row.label) == (kind, text, answer, label)
+    assert row.subject == "user-1"
 
-    assert [(row.kind, row.text, row.subject) for row in rows] == [("correction", "two", "user-1")]
+
+def test_comments_and_labels_never_train() -> None:
+    judged = [_judged(signal, _interaction()) for signal in (Comment(text="hm"), Label(value="a"))]
+
+    compiled = compile_feedback(to_feedback_rows(judged), CompileLimits())
+
+    assert (compiled.examples, compiled.pairs, compiled.judgements) == ((), (), ())
+    assert compiled.num_dropped == {Drop.UNSUPPORTED_KIND: 2}
+
+
+def test_an_edit_of_an_answer_given_inline_makes_a_pair() -> None:
+    feedback = Feedback(
+        id="fb_1",
+        tenant="default",
+        task="support",
+        target=Target(messages=(Message(role="user", content="how long?"),), completion="one day"),
+        signal=Implicit(action="edit", text="two days"),
+        source_kind="end_user",
+        received_at=AT,
+    )
+
+    rows = to_feedback_rows([Judged(feedback=feedback, interaction=None)])
+    compiled = compile_feedback(rows, CompileLimits(min_pairs=1))
+
+    assert [(p.chosen, p.rejected) for p in compiled.pairs] == [("two days", "one day")]
+    assert [e.completion for e in compiled.examples] == ["two days"]
 
 
 @pytest.mark.parametrize(

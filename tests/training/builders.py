@@ -8,7 +8,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from perennial.training.examples import Example, Kind, write_examples
+from perennial.training.examples import Example, Kind, Origin, write_examples
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -59,8 +59,7 @@ def example(index: int, kind: Kind = "correction", **fields: Any) -> Example:
         "messages": (("user", f"what is item {index * 7}?"),),
         "completion": f"box {chr(97 + index % 26)}{index}",
         "kind": kind,
-        "event_ids": (f"fb_{index}",),
-        "subject": f"s{index % 3}",
+        "origins": (Origin(event_id=f"fb_{index}", subject=f"s{index % 3}"),),
     }
     return Example(**{**given, **fields})
 

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perennial.infra.errors import InputError
-from perennial.training.examples import Example
-from perennial.training.holdout import split_holdout
+from perennial.training.examples import Example, Pair
+from perennial.training.holdout import not_judged, split_holdout
 
 
 def _examples(num_facts: int, num_wordings: int) -> list[Example]:
@@ -53,3 +53,14 @@ def test_parts_are_disjoint_complete_and_do_not_depend_on_order(
 def test_share_outside_its_range_is_refused(share: float) -> None:
     with pytest.raises(InputError, match="inside"):
         split_holdout(_examples(2, 3), share)
+
+
+def test_what_is_judged_by_is_not_asked_in_training() -> None:
+    (judged, other), asked = _examples(1, 2), (("user", "Question 0, in wording 0!"),)
+    pairs = [
+        Pair(id="p1", messages=asked, chosen="a", rejected="b"),
+        Pair(id="p2", messages=(("system", "be kind"), *asked), chosen="a", rejected="b"),
+        Pair(id="p3", messages=other.messages, chosen="a", rejected="b"),
+    ]
+
+    assert [pair.id for pair in not_judged(pairs, [judged])] == ["p2", "p3"]

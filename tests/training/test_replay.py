@@ -6,37 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perennial.infra.errors import InputError
-from perennial.training.examples import Example
-from perennial.training.replay import Contradiction, ReplayStore, contradicted, load_replay
+from perennial.training.examples import Example, Origin
+from perennial.training.replay import ReplayStore, fair_parts, load_replay
 from tests.training.builders import example
-
-DESK = Path(__file__).parents[2] / "flows" / "desk"
-
-
-def rows_of(round_id: str, num: int) -> list[Example]:
-    return [
-        example(n, id=f"{round_id}-{n}", messages=(("user", f"{round_id} {n}"),))
-        for n in range(num)
-    ]
-
-
-def desk(act: str) -> list[Example]:
-    facts = [json.loads(line) for line in (DESK / f"{act}.jsonl").read_text().splitlines()]
-    return [
-        Example(
-            id=f"{fact['id']}/{index}",
-            messages=(("user", question),),
-            completion=fact["answer"],
-            kind="correction",
-        )
-        for fact in facts
-        for index, question in enumerate(fact["questions"])
-    ]
-
-
-def superseded_by_author() -> set[str]:
-    lines = (DESK / "act2.jsonl").read_text().splitlines()
-    return {fact["supersedes"] for fact in map(json.loads, lines) if fact["supersedes"]}
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(0, 40), st.integers(0, 5))
@@ -65,20 +37,117 @@ def test_capacity_holds_and_rounds_share_it(sizes: list[int], capacity: int, see
     assert latest >= min(sizes[-1], fair)
 
 
-def test_the_sample_is_uniform_over_a_round() -> None:
+def test_inside_a_stratum_every_row_is_as_likely_to_stay() -> None:
+    # One topic: every question has the same words.
+    rows = [example(n, id=str(n), messages=(("user", "where is it"),)) for n in range(20)]
     counts = [0] * 20
     for seed in range(400):
-        store = ReplayStore(capacity=5, seed=seed).add(rows_of("r1", 20), "r1")
-        for row in store.rows:
-            counts[int(row.id.removeprefix("r1-"))] += 1
-    # Each row is kept with chance 1/4: 100 of 400, standard deviation 8.7.
-    assert min(counts) > 60
-    assert max(counts) < 140
+        for row in ReplayStore(capacity=5, seed=seed).add(rows, "r1").rows:
+            counts[int(row.id)] += 1
+    # Each row is kept with chance 1/4: 100 of 400. Pearson's statistic of the counts, scaled by
+    # 1 - 1/4 because a sample is drawn without replacement, has 19 degrees of freedom: its 99.9%
+    # quantile is 43.8.
+    pearson = sum((count - 100) ** 2 / 100 for count in counts) / 0.75 * 19 / 20
+    assert sum(counts) == 5 * 400
+    assert pearson < 43.8
 
 
-def test_an_erased_event_or_subject_leaves() -> None:
+def test_a_sample_that_prefers_early_rows_would_be_seen() -> None:
+    counts = [110] * 10 + [90] * 10
+    assert sum((count - 100) ** 2 / 100 for count in counts) / 0.75 * 19 / 20 < 43.8
+    counts = [125] * 10 + [75] * 10
+    assert sum((count - 100) ** 2 / 100 for count in counts) / 0.75 * 19 / 20 > 43.8
+
+
+def test_a_rare_topic_is_not_crowded_out() -> None:
+    pods = [f"how do I water basil in pod {chr(97 + n)}" for n in range(20)]
+    asked = [f"{question} {chr(97 + m)}" for question in pods for m in range(5)]
+    asked += ["when is my refund paid out", "is a refund paid in cash"]
+    rows = [
+        example(n, id=str(n), messages=(("user", text),), completion=f"answer {n}")
+        for n, text in enumerate(asked)
+    ]
+    for seed in range(5):
+        kept = {row.id for row in ReplayStore(capacity=30, seed=seed).add(rows, "r1").rows}
+        assert kept >= {"100", "101"}
+
+
+@given(st.dictionaries(st.text("abc", max_size=3), st.integers(0, 40)), st.integers(0, 90))
+def test_fair_parts_fill_the_capacity_and_only_small_strata_get_less(
+    sizes: dict[str, int], capacity: int
+) -> None:
+    parts = fair_parts(sizes, capacity)
+    assert sum(parts.values()) == min(capacity, sum(sizes.values()))
+    assert all(parts[name] <= size for name, size in sizes.items())
+    short = [part for name, part in parts.items() if part < sizes[name]]
+    assert all(part <= min(short) + 1 for part in parts.values() if short)
+
+
+def spoken(number: int, round_id: str, who: list[int]) -> Example:
+    """A row that one or more subjects agreed on."""
+    origins = [Origin(event_id=f"{round_id}-fb{number}-{n}", subject=f"s{n}") for n in who]
+    return example(
+        number,
+        id=f"{round_id}-{number}",
+        messages=(("user", f"{round_id} asks {number}"),),
+        origins=tuple(origins),
+    )
+
+
+_WHO = st.lists(st.integers(0, 4), min_size=1, max_size=3)
+_ROUNDS = st.lists(st.lists(_WHO, max_size=8), min_size=1, max_size=4)
+
+
+@given(_ROUNDS, st.integers(0, 20), st.integers(0, 4))
+def test_an_erased_subject_leaves_nothing_and_takes_nothing_else(
+    rounds: list[list[list[int]]], capacity: int, gone: int
+) -> None:
+    store = ReplayStore(capacity=capacity, seed=0)
+    for number, rows in enumerate(rounds):
+        store = store.add(
+            [spoken(n, f"r{number}", who) for n, who in enumerate(rows)], f"r{number}"
+        )
+        assert len(store.rows) <= capacity
+    left = store.delete(subjects=[f"s{gone}"])
+    assert f'"s{gone}"' not in json.dumps([row.to_json() for row in left.rows])
+    others = {row.id for row in store.rows if f'"s{gone}"' not in json.dumps(row.to_json())}
+    assert {row.id for row in left.rows} == others
+
+
+@given(st.data(), st.integers(0, 12), st.integers(0, 3))
+def test_the_store_follows_from_the_seed_and_not_from_the_order(
+    data: st.DataObject, capacity: int, seed: int
+) -> None:
+    rows = [spoken(n, "r1", [0]) for n in range(12)]
+    store = ReplayStore(capacity=capacity, seed=seed)
+    once, again = store.add(rows, "r1"), store.add(data.draw(st.permutations(rows)), "r1")
+    assert {row.id for row in once.rows} == {row.id for row in again.rows}
+    assert once.add(rows, "r1") == once
+
+
+@given(st.permutations(range(6)))
+def test_the_order_of_new_rows_does_not_change_what_they_supersede(order: list[int]) -> None:
+    old = [spoken(n, "r1", [n]) for n in range(6)]
+    new = [
+        example(n, id=f"new-{n}", messages=old[n].messages, completion=f"now {n % 2}")
+        for n in range(3)
+    ]
+    new += [example(n, id=f"new-{n}", messages=old[n].messages) for n in range(3, 6)]
+    store = ReplayStore(capacity=9, seed=0).add(old, "r1")
+    left = {row.id for row in store.supersede([new[n] for n in order]).rows}
+    assert left == {"r1-3", "r1-4", "r1-5"}
+
+
+def test_a_superseded_row_leaves_before_the_new_ones_are_kept() -> None:
+    old = example(1, id="old", completion="38 days")
+    new = example(1, id="new", completion="Quite another text")
+    store = ReplayStore(capacity=9, seed=0).add([old], "r1").add([new], "r2")
+    assert [row.id for row in store.rows] == ["new"]
+
+
+def test_an_erased_event_leaves() -> None:
     store = ReplayStore(capacity=50, seed=0).add([example(n) for n in range(9)], "r1")
-    assert {row.subject for row in store.delete(subjects=["s1"]).rows} == {"s0", "s2"}
+    assert len(store.rows) == 9
     assert "correction-4" not in {row.id for row in store.delete(event_ids=["fb_4"]).rows}
 
 
@@ -92,28 +161,6 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "replay.jsonl").write_text('{"capacity": "many"}\n')
     with pytest.raises(InputError, match="not a replay store"):
         load_replay(tmp_path / "replay.jsonl")
-
-
-def test_the_changed_policy_and_nothing_else_leaves_the_desks_replay() -> None:
-    gone = contradicted(desk("act1"), desk("act2"), Contradiction())
-    assert len(gone) == 3 * len(superseded_by_author()) == 12
-    assert {row.id.partition("/")[0] for row in gone} == superseded_by_author()
-
-
-def test_one_new_wording_is_enough_to_retire_a_policy() -> None:
-    for index in range(3):
-        new = [row for row in desk("act2") if row.id.endswith(f"/{index}")]
-        gone = contradicted(desk("act1"), new, Contradiction())
-        assert {row.id.partition("/")[0] for row in gone} == superseded_by_author()
-        assert len(gone) == 12
-
-
-def test_facts_of_one_act_do_not_contradict_each_other() -> None:
-    for act in ("act1", "act2"):
-        rows = desk(act)
-        for index in range(0, len(rows), 3):
-            one, others = rows[index : index + 3], rows[:index] + rows[index + 3 :]
-            assert contradicted(others, one, Contradiction()) == ()
 
 
 def test_an_equal_prompt_with_another_answer_is_superseded() -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from perennial.infra.errors import ModelMissingError, TrainingError
 from perennial.training import lora, modelfiles, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.minimal import train_plainly
+from perennial.training.objective import Sources, teach
 from perennial.training.progress import StepRecord
+from perennial.training.recipes import RECIPES
 from perennial.training.tokens import encode_example
-from perennial.training.trainer import Sources
+from perennial.training.trunk import SplitModel
 from tests.training.builders import example, tiny_model, tiny_tokenizer
 
 CONFIG = TrainConfig(
@@ -79,6 +82,19 @@ def test_the_plain_twin_has_the_same_losses(tmp_path: Path, top_layers: int) -> 
     config = with_fields(top_layers=top_layers, epochs=3)
     _, steps = trained(config, tmp_path)
     plain = train_plainly(lora.attach(tiny_model(), config), sources(), config)
+    assert [step.loss for step in steps] == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_plain_twin_knows_every_recipe(tmp_path: Path, recipe: Any) -> None:
+    config = with_fields(recipe=recipe, epochs=2)
+    rows = sources()
+    split = SplitModel(tiny_model(7), 0)
+    taught = teach(split, rows.replay, None, "completion", config)
+    teachers = {row.id: teacher for row, teacher in zip(rows.replay, taught, strict=True)}
+    given = replace(rows, teachers=teachers)
+    _, steps = trained(config, tmp_path, given)
+    plain = train_plainly(lora.attach(tiny_model(), config), given, config)
     assert [step.loss for step in steps] == pytest.approx(plain, rel=1e-4)
 
 

@@ -2,9 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perennial.infra.errors import ConfigError, InputError
-from perennial.training import config as configs
-from perennial.training.config import TrainConfig
+from perennial.infra.errors import InputError
 from perennial.training.mix import Batch, Shares, plan_batches
 
 SIZES = ([40] * 30, [60] * 20, [25] * 40)
@@ -70,24 +68,31 @@ def test_nothing_new_is_refused() -> None:
         plan_batches(([], [3], []), Shares(replay=0.2, general=0), epochs=1, batch_tokens=9, seed=0)
 
 
-def test_a_config_survives_json_and_changes_its_fingerprint() -> None:
-    config = TrainConfig(rank=8, lr=5e-4)
-    assert configs.from_json(config.to_json()) == config
-    assert config.fingerprint != TrainConfig(rank=8, lr=6e-4).fingerprint
+WITH_PAIRS = (*SIZES, [90] * 10, [30] * 24)
 
 
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        ({"rnak": 4}, "unknown training setting 'rnak'"),
-        ({"rank": "4"}, "rank must be int"),
-        ({"rank": True}, "rank must be int"),
-        ({"rank": 0}, "rank must be positive, got 0"),
-        ({"targets": "everything"}, "targets must be one of"),
-        ({"replay_share": 0.6, "general_share": 0.5}, "below 1 together"),
-        ({"lr": float("nan")}, "lr must be positive"),
-    ],
-)
-def test_a_wrong_setting_is_named(raw: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        configs.from_json(raw)
+def with_pairs(**fields: object) -> tuple[Batch, ...]:
+    given: dict[str, object] = {"epochs": 3, "batch_tokens": 400, "seed": 0}
+    return plan_batches(WITH_PAIRS, Shares(replay=0.25, general=0.2), **{**given, **fields})  # type: ignore[arg-type]  # test
+
+
+def test_pairs_and_judgements_are_new_rows_too() -> None:
+    picks = [pick for batch in with_pairs() for pick in batch]
+    spent = [sum(WITH_PAIRS[p.source][p.index] for p in picks if p.source == s) for s in range(5)]
+    assert [spent[source] for source in (0, 3, 4)] == [3 * 1200, 3 * 900, 3 * 720]
+    assert spent[1] / sum(spent) == pytest.approx(0.25, abs=0.01)
+    assert spent[2] / sum(spent) == pytest.approx(0.20, abs=0.01)
+
+
+def test_a_round_of_judgements_alone_can_be_planned() -> None:
+    shares = Shares(replay=0.2, general=0.2)
+    batches = plan_batches(
+        ([], [], [9] * 4, [], [9] * 20), shares, epochs=1, batch_tokens=90, seed=0
+    )
+    assert sorted(p.index for b in batches for p in b if p.source == 4) == list(range(20))
+
+
+@given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 4))
+def test_a_run_that_goes_on_finds_the_batches_it_left(seed: int, done: int, more: int) -> None:
+    short, long = with_pairs(epochs=done, seed=seed), with_pairs(epochs=done + more, seed=seed)
+    assert long[: len(short)] == short

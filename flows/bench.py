@@ -1,0 +1,321 @@
+"""The continual benchmark: every arm through a stream of tasks, trained as a round is.
+
+A step trains and is examined in processes of their own, through the job files of a round. Its
+result is a folder in `steps/`, complete or absent, under a digest of what it depends on: a killed
+benchmark goes on where it stopped. Which steps there are is decided in `training.arms`; figures and
+pages are left to `bench_report`.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from rich.console import Console
+
+from perennial.flows.bench_board import StepBoard
+from perennial.flows.demo_desk import FOLDER
+from perennial.infra.artifacts import MANIFEST, publish, write_atomic
+from perennial.infra.errors import InputError
+from perennial.infra.settings import Settings
+from perennial.training import config as configs
+from perennial.training.arms import Course, Recipe, Step, course, plan
+from perennial.training.continual import GENERAL
+from perennial.training.evaluate import Limits
+from perennial.training.examples import Example, write_examples
+from perennial.training.general import load_general
+from perennial.training.grading import Grader
+from perennial.training.machine import choose_threads
+from perennial.training.modelfiles import ensure_base_model, load_tokenizer
+from perennial.training.progress import read_progress
+from perennial.training.stream import (
+    Order,
+    Task,
+    choose_graders,
+    ordered,
+    read_stream,
+    spread,
+)
+from perennial.training.text import clean
+from perennial.training.tokens import encode_example, encode_text
+
+_MODEL = "model"  # the one adapter, or the base, of an evaluation
+_MAX_NEW_TOKENS = 64
+_SPARE_TOKENS = 8
+TRAINED = "trained.json"
+
+Json = dict[str, Any]  # Any: JSON
+
+
+class Execute(Protocol):
+    """Runs a training or an evaluation; returns when `out` is filled."""
+
+    def __call__(
+        self,
+        command: Literal["train", "evaluate"],
+        job: Path,
+        out: Path,
+        *,
+        on_line: Callable[[str], None],
+    ) -> None:
+        """Raise the error that the training process names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What a person asked for. `general` is measured on; `general_replay` may be trained on."""
+
+    stream: Path
+    general: Path
+    general_replay: Path | None
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    orders: tuple[Order, ...]
+    rows: int | None
+    graders: Mapping[str, Grader]
+    out: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """A request with everything read and checked; `left_out` counts rows that were too long."""
+
+    request: Request
+    tasks: tuple[Task, ...]
+    graders: Mapping[str, Grader]
+    courses: Mapping[Order, Course]
+    probe: tuple[Example, ...]
+    recipe: Recipe
+    left_out: Mapping[str, int]
+    max_new_tokens: int
+    model: Mapping[str, str | int | None]
+
+    def steps(self, arm: str, seed: int, order: Order) -> tuple[Step, ...]:
+        """The steps of an arm with one seed in one order."""
+        return plan(arm, self.courses[order], seed, self.recipe)
+
+    def result(self, step: Step) -> Path:
+        """The folder with what a step gave."""
+        return self.request.out / "steps" / step.key
+
+
+def prepare(settings: Settings, request: Request) -> Bench:
+    """The benchmark, with its inputs checked before the first training.
+
+    Raises:
+        InputError: a file is missing or malformed, an arm is unknown, or no row fits the context.
+        ModelMissingError: the base model is not on this machine.
+    """
+    tasks = read_stream(request.stream, request.rows)
+    graders = choose_graders(tasks, request.graders)
+    probe = _general(request.general, request.rows)
+    default = settings.training.general_file or FOLDER / "general_replay.jsonl"
+    kept = _general(request.general_replay or default, request.rows)
+    asked = {row.prompt_key for row in probe}
+    kept = tuple(row for row in kept if row.prompt_key not in asked)
+    overrides = settings.training.overrides
+    folder = ensure_base_model(settings.model.name, settings.model.cache_dir)
+    tokenizer = load_tokenizer(folder)
+    fit = _Fit(tokenizer=tokenizer, max_len=configs.from_json(overrides).max_len)
+    fitting = tuple(fit.task(task) for task in tasks)
+    general, fitting_probe = fit.examples(kept), fit.examples(probe)
+    longest = max(
+        len(encode_text(tokenizer, answer))
+        for task in fitting
+        for row in task.test
+        for answer in row.outputs
+    )
+    max_new_tokens = min(_MAX_NEW_TOKENS, longest + _SPARE_TOKENS)
+    tests = [task.test for task in fitting]
+    salt = _digest([settings.model.name, max_new_tokens, tests, fitting_probe])
+    bench = Bench(
+        request=request,
+        tasks=fitting,
+        graders=graders,
+        courses={
+            order: course(ordered(fitting, order), settings.training.replay_rows)
+            for order in request.orders
+        },
+        probe=fitting_probe,
+        recipe=Recipe(overrides=overrides, general=general, salt=salt),
+        left_out={
+            "stream": _num_rows(tasks) - _num_rows(fitting),
+            "general": len(kept) - len(general),
+            "probe": len(probe) - len(fitting_probe),
+        },
+        max_new_tokens=max_new_tokens,
+        model={
+            "base_model": str(folder.resolve()),
+            "cache_dir": str(settings.model.cache_dir),
+            "num_threads": settings.model.threads or _threads(request.out),
+        },
+    )
+    for arm in request.arms:
+        bench.steps(arm, request.seeds[0], request.orders[0])
+    return bench
+
+
+def run_steps(bench: Bench, execute: Execute, console: Console) -> None:
+    """Have the result of every step; those that are there already are left alone."""
+    asked = bench.request
+    steps = {
+        step.key: (f"{arm} · seed {seed} · {order}", step)
+        for seed in asked.seeds
+        for order in asked.orders
+        for arm in ("base", *asked.arms)
+        for step in bench.steps(arm, seed, order)
+    }
+    todo = {k: s for k, s in steps.items() if not (bench.result(s[1]) / MANIFEST).exists()}
+    _write_suites(bench)
+    with StepBoard(console, num_steps=len(steps), num_done=len(steps) - len(todo)) as board:
+        worker = _Worker(bench=bench, execute=execute, on_line=board.line)
+        for key, (name, step) in tuple(todo.items()):
+            board.begin(f"{name} · round {step.index + 1}")
+            publish(bench.result(step), partial(worker.fill, step))
+            board.end()
+            del todo[key]
+            parents = {other.parent.key for _, other in todo.values() if other.parent}
+            _drop_adapters(asked.out / "work", keep=parents)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Worker:
+    """Trains and examines one step at a time."""
+
+    bench: Bench
+    execute: Execute
+    on_line: Callable[[str], None]
+
+    def fill(self, step: Step, folder: Path) -> None:
+        """Write the row results of every suite, and what the training took, into `folder`."""
+        work = self._work(step)
+        adapter = self.train(step) if step.config else None
+        suites = [*step.examined, GENERAL]
+        job = {
+            **self.bench.model,
+            "adapters": {_MODEL: str(adapter) if adapter else None},
+            "suites": {name: str(_suites(self.bench) / f"{name}.jsonl") for name in suites},
+            "max_new_tokens": self.bench.max_new_tokens,
+            "kl_suites": [GENERAL] if adapter else [],
+        }
+        self._run("evaluate", job, work / "scores")
+        for name in suites:
+            shutil.copyfile(work / "scores" / _MODEL / f"{name}.jsonl", folder / f"{name}.jsonl")
+        if adapter:
+            (folder / TRAINED).write_text(json.dumps(_cost(adapter.parent)))
+
+    def train(self, step: Step) -> Path:
+        """The adapter of a step, trained now if it is not there, and its parents' before it."""
+        work = self._work(step)
+        if not (work / "train" / "summary.json").exists():
+            assert step.config is not None  # only steps that train have an adapter
+            parent = self.train(step.parent) if step.parent else None
+            job = {**self.bench.model, "config": step.config.to_json()}
+            job["parent_adapter"] = str(parent) if parent else None
+            for name in ("new", "replay", "general"):
+                rows: Sequence[Example] = getattr(step, name)
+                write_examples(work / f"{name}.jsonl", rows)
+                job["train_rows" if name == "new" else f"{name}_rows"] = f"{name}.jsonl"
+            self._run("train", job, work / "train")
+        return work / "train" / "adapter"
+
+    def _run(self, command: Literal["train", "evaluate"], job: Json, out: Path) -> None:
+        path = out.parent / f"{out.name}.json"
+        write_atomic(path, json.dumps(job, indent=1).encode())
+        self.execute(command, path, out, on_line=self.on_line)
+
+    def _work(self, step: Step) -> Path:
+        return self.bench.request.out.resolve() / "work" / step.key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fit:
+    """Keeps the rows that the context holds; training and evaluation refuse longer ones."""
+
+    tokenizer: Any  # transformers
+    max_len: int
+
+    def task(self, task: Task) -> Task:
+        train = tuple(row for row in task.train if self._holds(row.example, self.max_len))
+        test = tuple(row for row in task.test if self._holds(row.example, Limits().max_len))
+        if not train or not test:
+            raise InputError(
+                f"task {task.name}: no row has at most {self.max_len} tokens; raise max_len",
+                task=task.name,
+            )
+        return replace(task, train=train, test=test)
+
+    def examples(self, rows: Iterable[Example]) -> tuple[Example, ...]:
+        return tuple(row for row in rows if self._holds(row, self.max_len))
+
+    def _holds(self, row: Example, max_len: int) -> bool:
+        num_chars = len(row.completion) + sum(len(text) for _, text in row.messages)
+        return encode_example(self.tokenizer, row, 10**6 + 100 * num_chars).num_tokens <= max_len
+
+
+def _cost(trained: Path) -> Json:
+    """What a training took; the time of one that was interrupted is not known."""
+    summary = json.loads((trained / "summary.json").read_bytes())
+    is_whole = summary["resumed_from"] == 0
+    return {
+        "num_tokens": sum(row.num_tokens for row in read_progress(trained / "progress.jsonl")),
+        "wall_s": summary["wall_s"] if is_whole else None,
+        "peak_rss_mb": summary["peak_rss_mb"],
+    }
+
+
+def _general(path: Path, max_rows: int | None) -> tuple[Example, ...]:
+    pairs = [(clean(prompt), clean(answer)) for prompt, answer in load_general(path)]
+    rows = tuple(
+        Example(id=f"general-{i}", messages=(("user", asked),), completion=told, kind="general")
+        for i, (asked, told) in enumerate(pairs)
+        if asked and told
+    )
+    if not rows:
+        raise InputError(f"{path} has no general row with a prompt and an answer", path=str(path))
+    return spread(rows, max_rows)
+
+
+def _write_suites(bench: Bench) -> None:
+    for task in bench.tasks:
+        _write_suite(bench, task.name, [row.example for row in task.test])
+    _write_suite(bench, GENERAL, bench.probe)
+
+
+def _write_suite(bench: Bench, name: str, rows: Sequence[Example]) -> None:
+    lines = (
+        {"id": row.id, "messages": row.messages, "reference": row.completion, "rule": "exact"}
+        for row in rows
+    )
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomic(_suites(bench) / f"{name}.jsonl", text.encode())
+
+
+def _suites(bench: Bench) -> Path:
+    return bench.request.out.resolve() / "suites" / bench.recipe.salt[:16]
+
+
+def _drop_adapters(work: Path, keep: set[str]) -> None:
+    for folder in work.iterdir():
+        if folder.name not in keep:
+            shutil.rmtree(folder)
+
+
+def _threads(out: Path) -> int:
+    """Threads of every training, chosen once: with another number, sums are rounded otherwise."""
+    path = out / "num_threads"
+    if not path.exists():
+        write_atomic(path, str(choose_threads(None)).encode())
+    return int(path.read_text())
+
+
+def _num_rows(tasks: Sequence[Task]) -> int:
+    return sum(len(task.train) + len(task.test) for task in tasks)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()

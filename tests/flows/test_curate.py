@@ -1,0 +1,176 @@
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from perennial.feedback.records import (
+    Binary,
+    Comment,
+    Correction,
+    Feedback,
+    Implicit,
+    Interaction,
+    Judged,
+    Message,
+    Signal,
+    Target,
+)
+from perennial.flows.curate import curate, data_folder
+from perennial.infra.settings import load_settings
+from perennial.training.examples import read_examples, read_judgements, read_pairs
+from perennial.training.replay import load_replay
+
+AT = datetime(2026, 1, 1, tzinfo=UTC)
+NAMES = ("kettle", "lamp", "mower", "oven", "pump", "radio", "scale", "toaster", "vase", "watch")
+
+
+def judged(number: int, question: str, answer: str, signal: Signal) -> Judged:
+    interaction = Interaction(
+        id=f"int_{number}",
+        tenant="default",
+        task="support",
+        messages=(Message(role="user", content=question),),
+        completion=answer,
+        model_version="base",
+        route_role="base",
+        received_at=AT,
+    )
+    feedback = Feedback(
+        id=f"fb_{number:03}",
+        tenant="default",
+        target=Target(interaction_id=interaction.id),
+        signal=signal,
+        source_kind="end_user",
+        received_at=AT + timedelta(minutes=number),
+        subject=f"user-{number}",
+    )
+    return Judged(feedback=feedback, interaction=interaction)
+
+
+def deps(home: Path, rows: Sequence[Judged], **environment: str) -> Any:
+    """The parts of `Deps` that curation reads."""
+    (home / "general.jsonl").write_text('{"prompt": "hello", "answer": "hello there"}\n')
+    (home / "perennial.toml").touch()
+    general = str(home / "general.jsonl")
+    settings = load_settings(
+        {
+            "PERENNIAL_HOME": str(home),
+            "PERENNIAL_MODEL__CACHE_DIR": str(home / "models"),
+            "PERENNIAL_TRAINING__GENERAL_FILE": general,
+            "PERENNIAL_TRAINING__PROBE_FILE": general,
+            **environment,
+        },
+        home / "perennial.toml",
+    )
+    rounds = {f"rnd_{n}": a_round(n) for n in (1, 2)}
+    return SimpleNamespace(
+        settings=settings,
+        feedback=SimpleNamespace(
+            horizon=lambda: AT, feedback_between=lambda task, since, until: tuple(rows)
+        ),
+        ledger=SimpleNamespace(get=rounds.get, list_rounds=lambda task: tuple(rounds.values())),
+    )
+
+
+def a_round(number: int) -> Any:
+    return SimpleNamespace(id=f"rnd_{number}", task="support", number=number, opened_at=AT)
+
+
+def first_round() -> list[Judged]:
+    corrected = [
+        judged(n, f"Where is the {name} made?", "?", Correction(text=f"In the {name} works."))
+        for n, name in enumerate(NAMES)
+    ]
+    edited = [
+        judged(
+            20 + n,
+            f"Who repairs a {name} for me{' here' * (n // 10)}?",
+            f"Nobody repairs a {name}.",
+            Implicit(action="edit", text=f"The shop where the {name} was bought."),
+        )
+        for n, name in enumerate(NAMES * 2)
+    ]
+    thumbs = [
+        judged(60 + n, f"Tell me of the {name} {n}", f"It is a {name}.", Binary(value=n < 18))
+        for n, name in enumerate(NAMES * 4)
+    ]
+    return [*corrected, *edited, *thumbs, judged(120, "hm", "?", Comment(text="Nice."))]
+
+
+def test_a_round_writes_rows_of_every_kind_and_says_what_it_did(tmp_path: Path) -> None:
+    some = deps(tmp_path, first_round())
+    folder = data_folder(some, "rnd_1")
+
+    curate(some, a_round(1), None, folder)
+
+    train, judge = (
+        read_examples(folder / "train.jsonl"),
+        read_examples(folder / "next_judged.jsonl"),
+    )
+    pairs, judgements = (
+        read_pairs(folder / "pairs.jsonl"),
+        read_judgements(folder / "judgements.jsonl"),
+    )
+    assert {row.kind for row in (*train, *judge)} == {"correction", "edit"}
+    assert len(judgements) == 40
+    assert len(pairs) + sum(row.kind == "edit" for row in judge) == 20
+    asked = {row.prompt_key for row in judge}
+    assert asked
+    assert not asked & {row.prompt_key for row in (*train, *pairs, *judgements)}
+    counts = json.loads((folder / "counts.json").read_bytes())
+    assert counts["dropped"]["unsupported_kind"] == 1
+    assert counts["rows"]["judgements"] == 40
+    text = (folder / "diff.md").read_text()
+    assert "# Training rows of round 1" in text
+    assert "comments and labels are for people to read" in text
+
+
+def test_the_next_round_trains_on_nothing_that_is_judged_by(tmp_path: Path) -> None:
+    some = deps(tmp_path, first_round())
+    curate(some, a_round(1), None, data_folder(some, "rnd_1"))
+    judge = read_examples(data_folder(some, "rnd_1") / "next_judged.jsonl")
+    again = [
+        judged(200 + n, row.question, "?", Correction(text=row.completion))
+        for n, row in enumerate(judge)
+    ]
+    fresh = judged(300, "May I return a gift?", "?", Correction(text="Yes, with its receipt."))
+    later = deps(tmp_path, [*again, fresh])
+    champion: Any = SimpleNamespace(round_id="rnd_1")
+
+    curate(later, a_round(2), champion, data_folder(later, "rnd_2"))
+
+    folder = data_folder(later, "rnd_2")
+    assert [row.id for row in read_examples(folder / "train.jsonl")] == ["fb_300"]
+    assert (
+        f"| left out, they ask what is judged by | {len(judge)} |"
+        in (folder / "diff.md").read_text()
+    )
+    kept = load_replay(folder / "next_replay.jsonl")
+    assert {row.round_id for row in kept.rows} == {"rnd_1", "rnd_2"}
+
+
+def test_a_blend_is_chosen_on_new_and_past_rows_that_are_not_trained_on(tmp_path: Path) -> None:
+    some = deps(tmp_path, first_round())
+    curate(some, a_round(1), None, data_folder(some, "rnd_1"))
+    fresh = [
+        judged(300 + n, f"Which colour has the {name}?", "?", Correction(text=f"It is {name}-red."))
+        for n, name in enumerate(NAMES)
+    ]
+    blend = {"PERENNIAL_TRAINING__OVERRIDES": '{ start = "blend" }'}
+    later = deps(tmp_path, fresh, **blend)
+    champion: Any = SimpleNamespace(round_id="rnd_1")
+
+    curate(later, a_round(2), champion, data_folder(later, "rnd_2"))
+
+    folder = data_folder(later, "rnd_2")
+    dev, train, replay = (
+        read_examples(folder / f"{name}.jsonl") for name in ("dev", "train", "replay")
+    )
+    assert {row.kind == "replay" for row in dev} == {True, False}
+    asked = {row.prompt_key for row in dev}
+    assert not asked & {row.prompt_key for row in (*train, *replay)}
+    kept = {row.id for row in load_replay(folder / "next_replay.jsonl").rows}
+    assert {row.id for row in dev if row.kind != "replay"} <= kept
+    assert read_examples(data_folder(later, "rnd_1") / "dev.jsonl") == ()

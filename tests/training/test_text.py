@@ -1,0 +1,31 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perennial.training.text import clean, fit_tfidf, normalise
+
+
+def test_clean_removes_hidden_characters_and_composes() -> None:
+    assert clean("a\u202eb\u200bc\x00d\ue000e\U000e0041f") == "abcdef"
+    assert clean("e\u0301") == "é"
+    assert clean(" one\r\ntwo\t ") == "one\ntwo"
+
+
+@given(st.text())
+def test_clean_is_idempotent_and_encodable(text: str) -> None:
+    once = clean(text)
+    assert clean(once) == once
+    once.encode()
+
+
+def test_normalise_keeps_the_decimals_that_make_two_prices_differ() -> None:
+    assert normalise("It COSTS  9.99!") == "it costs 9.99"
+    assert normalise("9.99") != normalise("9.95")
+
+
+def test_tfidf_similarity_by_hand() -> None:
+    tfidf = fit_tfidf(["a b", "a c"])
+    assert tfidf.similarity("a b", "a b") == pytest.approx(1)
+    assert tfidf.similarity("b", "c") == 0
+    # idf(a) = log(3/3)+1 = 1, idf(b) = idf(c) = log(3/2)+1 = 1.405: cosine = 1/(1+1.405²)
+    assert tfidf.similarity("a b", "a c") == pytest.approx(1 / (1 + 1.4054651**2), rel=1e-6)

@@ -1,0 +1,223 @@
+"""The arms of the continual benchmark, and every training that they ask for, as values.
+
+A step is known by a digest of all that it depends on, so arms share what they have in common (the
+first round of `full` and of `no-replay`, say) and a killed benchmark finds what it has. Running the
+steps is left to flows.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from perennial.infra.errors import ConfigError
+from perennial.training import config as configs
+from perennial.training.config import TrainConfig
+from perennial.training.examples import Example
+from perennial.training.replay import ReplayStore
+from perennial.training.stream import Task
+
+_EVERY_LAYER = 10_000  # more than any model has
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One way to go through a stream: the recipe with `overrides`, less what it leaves out."""
+
+    says: str
+    rounds: Literal["none", "in-turn", "all-at-once", "each-alone"] = "in-turn"
+    has_replay: bool = True
+    has_general: bool = True
+    tokens: Literal["own", "as-full"] = "own"  # as-full: epochs for as many tokens as `full`
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # Any: fields of TrainConfig
+
+
+_PLAIN = {"question_dropout": 0.0}
+
+ARMS: Mapping[str, Arm] = {
+    "base": Arm(says="the base model, never trained", rounds="none"),
+    "naive": Arm(
+        says="goes on with the same adapter", has_replay=False, has_general=False, overrides=_PLAIN
+    ),
+    "naive-same-tokens": Arm(
+        says="naive, as many tokens as the full recipe",
+        has_replay=False,
+        has_general=False,
+        tokens="as-full",
+        overrides=_PLAIN,
+    ),
+    "replay": Arm(says="plain replay of past rounds", has_general=False, overrides=_PLAIN),
+    "replay-same-tokens": Arm(
+        says="plain replay, as many tokens as the full recipe",
+        has_general=False,
+        tokens="as-full",
+        overrides=_PLAIN,
+    ),
+    "full": Arm(says="the product's recipe"),
+    "no-kl": Arm(says="full without distillation on general rows", has_general=False),
+    "no-replay": Arm(says="full without replay of past rounds", has_replay=False),
+    "no-question-dropout": Arm(says="full without question dropout", overrides=_PLAIN),
+    "all-layers": Arm(
+        says="full with an adapter on every layer", overrides={"top_layers": _EVERY_LAYER}
+    ),
+    "from-base": Arm(
+        says="full, each round rebuilt from the base", overrides={"start": "base"}
+    ),
+    "joint": Arm(
+        says="all tasks at once: the upper bound", rounds="all-at-once", has_general=False
+    ),
+    "single": Arm(
+        says="each task alone from the base: how much can be learned",
+        rounds="each-alone",
+        has_general=False,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """Tasks in the order of the rounds, with what replay remembers before each of them.
+
+    `union` are the rows of all tasks, for each prompt the newest. It does not ask the replay store
+    what contradicts what: an upper bound must not fall with the recipe that is held against it.
+    """
+
+    tasks: tuple[Task, ...]
+    past: tuple[tuple[Example, ...], ...]
+    union: tuple[Example, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What all arms share.
+
+    `overrides` are fields over the recipe's defaults; `salt` names what else a result depends on:
+    base model, test rows, limits of generation.
+    """
+
+    overrides: Mapping[str, Any]  # Any: fields of TrainConfig
+    general: tuple[Example, ...]
+    salt: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One training (none for the base model) and the tasks that are examined after it."""
+
+    key: str
+    index: int  # of the round, from 0
+    config: TrainConfig | None
+    parent: "Step | None"
+    examined: tuple[str, ...]
+    new: tuple[Example, ...] = ()
+    replay: tuple[Example, ...] = ()
+    general: tuple[Example, ...] = ()
+
+
+def course(tasks: Sequence[Task], replay_rows: int) -> Course:
+    """The rows of each round, as a product that keeps `replay_rows` would have them."""
+    memory = ReplayStore(capacity=replay_rows, seed=0)
+    past = []
+    for task in tasks:
+        past.append(memory.supersede(_examples(task)).rows)
+        memory = memory.add(_examples(task), task.name)
+    newest = {row.prompt_key: row for task in tasks for row in _examples(task)}
+    union = sorted(newest.values(), key=lambda row: row.id)
+    return Course(tasks=tuple(tasks), past=tuple(past), union=tuple(union))
+
+
+def plan(name: str, course: Course, seed: int, recipe: Recipe) -> tuple[Step, ...]:
+    """The steps of one arm, in order.
+
+    Raises:
+        ConfigError: there is no such arm, or a field of the recipe is out of range.
+    """
+    if name not in ARMS:
+        raise ConfigError(f"unknown arm {name!r}; known: {', '.join(ARMS)}", arm=name)
+    arm, tasks, names = ARMS[name], course.tasks, tuple(task.name for task in course.tasks)
+    last = len(tasks) - 1
+    if arm.rounds == "none":
+        key = _digest(recipe, None, None, names)
+        return (Step(key=key, index=last, config=None, parent=None, examined=names),)
+    if arm.rounds == "all-at-once":
+        return (_step(recipe, arm, seed, last, course.union, examined=names),)
+    if arm.rounds == "each-alone":
+        return tuple(
+            _step(recipe, arm, seed, index, _examples(task), examined=(task.name,))
+            for index, task in enumerate(tasks)
+        )
+    steps: list[Step] = []
+    for index, (task, past) in enumerate(zip(tasks, course.past, strict=True)):
+        parent = steps[-1] if steps else None
+        new = _examples(task)
+        steps.append(_step(recipe, arm, seed, index, new, examined=names, past=past, parent=parent))
+    return tuple(steps)
+
+
+def _step(
+    recipe: Recipe,
+    arm: Arm,
+    seed: int,
+    index: int,
+    new: tuple[Example, ...],
+    *,
+    examined: tuple[str, ...],
+    past: tuple[Example, ...] = (),
+    parent: Step | None = None,
+) -> Step:
+    config = _config(recipe, arm, seed, has_past=bool(past))
+    replay = past if arm.has_replay else ()
+    general = recipe.general if arm.has_general else ()
+    known = parent if config.start == "parent" else None
+    return Step(
+        key=_digest(recipe, config, known, examined, new, replay, general),
+        index=index,
+        config=config,
+        parent=known,
+        examined=examined,
+        new=new,
+        replay=replay,
+        general=general,
+    )
+
+
+def _config(recipe: Recipe, arm: Arm, seed: int, *, has_past: bool) -> TrainConfig:
+    """The recipe of the arm, with the epochs that its tokens ask for."""
+    own = configs.from_json({**recipe.overrides, **arm.overrides, "seed": seed})
+    if arm.tokens == "own":
+        return own
+    full = configs.from_json({**recipe.overrides, "seed": seed})
+    has_general = bool(recipe.general)
+    theirs = _new_share(full, has_replay=has_past, has_general=has_general)
+    ours = _new_share(
+        own, has_replay=has_past and arm.has_replay, has_general=has_general and arm.has_general
+    )
+    return configs.from_json(own.to_json() | {"epochs": round(full.epochs * ours / theirs)})
+
+
+def _new_share(config: TrainConfig, *, has_replay: bool, has_general: bool) -> float:
+    """Part of an epoch's tokens that are new rows, as `mix` deals them."""
+    return 1 - config.replay_share * has_replay - config.general_share * has_general
+
+
+def _examples(task: Task) -> tuple[Example, ...]:
+    return tuple(row.example for row in task.train)
+
+
+def _digest(
+    recipe: Recipe,
+    config: TrainConfig | None,
+    parent: Step | None,
+    examined: Sequence[str],
+    *sources: Sequence[Example],
+) -> str:
+    """Sixteen hex digits over all that the result of a step depends on."""
+    parts = [
+        recipe.salt,
+        config.to_json() if config else None,
+        parent.key if parent else None,
+        sorted(examined),
+        [[row.to_json() for row in rows] for rows in sources],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""Frozen-trunk activations on disk, kept across epochs and rounds.
+
+An entry is named by base, layer and tokens, memory-mapped when read, and checked against its
+digest: a damaged one is computed again and never used. The folder is bounded; entries that were not
+used for longest go first. It holds what users wrote in another form: erasure deletes it.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perennial.infra import artifacts
+from perennial.training.tokens import TokenRow
+from perennial.training.trunk import SplitModel
+
+_LOG = logging.getLogger(__name__)
+_DIGEST_BYTES = 32
+_SUFFIX = ".trunk"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrunkCache:
+    """`base` and `tokenizer` are digests; entries are fp32, (T, width), after their SHA-256."""
+
+    folder: Path
+    base: str
+    tokenizer: str
+    max_bytes: int
+
+    def trunk(self, split: SplitModel, rows: Sequence[TokenRow], batch_tokens: int) -> list[Tensor]:
+        """`split.trunk(rows, batch_tokens)`, of which only what is not here is computed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = [self._path(split, row) for row in rows]
+        width = int(split.model.config.hidden_size)
+        found = [_read(path, row, width) for path, row in zip(paths, rows, strict=True)]
+        absent = [index for index, trunk in enumerate(found) if trunk is None]
+        fresh = split.trunk([rows[index] for index in absent], batch_tokens)
+        for index, trunk in zip(absent, fresh, strict=True):
+            _write(paths[index], trunk)
+            found[index] = trunk
+        self._evict()
+        _LOG.info("trunk cache num_found=%d num_computed=%d", len(rows) - len(absent), len(absent))
+        return [trunk for trunk in found if trunk is not None]
+
+    def _path(self, split: SplitModel, row: TokenRow) -> Path:
+        key = f"{self.base}\n{self.tokenizer}\n{split.num_frozen}\n".encode() + row.ids_T.tobytes()
+        return self.folder / (hashlib.sha256(key).hexdigest() + _SUFFIX)
+
+    def _evict(self) -> None:
+        entries = sorted(self.folder.glob(f"*{_SUFFIX}"), key=lambda path: -path.stat().st_mtime_ns)
+        kept = 0
+        for path in entries:
+            kept += path.stat().st_size
+            if kept > self.max_bytes:
+                path.unlink(missing_ok=True)
+
+
+def folder_digest(folder: Path, pattern: str) -> str:
+    """SHA-256 over the names and contents of the files that match."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        digest.update(f"{path.name} {artifacts.sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path, row: TokenRow, width: int) -> Tensor | None:
+    """The entry, or None when it is absent, damaged or of another shape."""
+    size = _DIGEST_BYTES + 4 * row.num_tokens * width
+    if not path.is_file() or path.stat().st_size != size:
+        return None
+    raw = np.memmap(path, mode="c").view(np.ndarray)
+    if hashlib.sha256(raw[_DIGEST_BYTES:].data).digest() != raw[:_DIGEST_BYTES].tobytes():
+        _LOG.warning("trunk cache entry is damaged and computed again path=%s", path)
+        return None
+    os.utime(path)
+    return torch.from_numpy(raw[_DIGEST_BYTES:].view(np.float32).reshape(-1, width))
+
+
+def _write(path: Path, trunk_TD: Tensor) -> None:
+    # No fsync: an entry that a power loss cuts short fails its digest, and a full disk only costs
+    # the computation.
+    body = trunk_TD.float().contiguous().numpy().tobytes()
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        partial.write_bytes(hashlib.sha256(body).digest() + body)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        _LOG.warning("trunk cache entry not written path=%s error=%s", path, error)

@@ -1,0 +1,361 @@
+"""The loss of one batch: what each packed row is compared with, and how the terms add up.
+
+Everything that does not change while a round trains is computed once in `prepare`: activations of
+the frozen trunk, the base's likeliest tokens, the log-probabilities of the preference reference.
+
+Shapes: M predicted positions, R packed rows, K tokens of a teacher.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perennial.training.batching import Packed, cut, pack
+from perennial.training.config import TrainConfig
+from perennial.training.loss import Targets, TopK, dpo, kto, top_k
+from perennial.training.mix import Batch, Pick
+from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows_of
+from perennial.training.tokens import TokenRow
+from perennial.training.trunk import SplitModel
+
+NEW, REPLAY, GENERAL, PAIRS, JUDGEMENTS = range(5)  # as in `mix.Pick.source`
+TrunkOf = Callable[[SplitModel, Sequence[TokenRow], int], list[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """The tokenised rows of a round; `teachers` by the id of the replayed row that they taught."""
+
+    new: tuple[TokenRow, ...] = ()
+    replay: tuple[TokenRow, ...] = ()
+    general: tuple[TokenRow, ...] = ()
+    pairs: tuple[PairRows, ...] = ()
+    judgements: tuple[JudgedRows, ...] = ()
+    teachers: Mapping[str, TopK] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[tuple[Unit, ...], ...]:
+        """In the order of `mix.Pick.source`."""
+        return (self.new, self.replay, self.general, self.pairs, self.judgements)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A unit's fixed numbers, by (source, index): trunks of its rows, and what it is held to."""
+
+    split: SplitModel
+    sources: Sources
+    trunks: Mapping[tuple[int, int], tuple[Tensor, ...]]
+    teachers: Mapping[tuple[int, int], TopK]
+    references: Mapping[tuple[int, int], Tensor]
+    blend_of: Mapping[int, float]  # the teacher's part of the target, by source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sums:
+    """What the means of a batch divide by. Its parts divide by the same, so they add up to it."""
+
+    labels: int
+    general: int
+    pairs: int
+    judged: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLoss:
+    """Loss of a batch or a part of one; terms are None where it has no such row.
+
+    row_losses: the mean over each row's positions, by row id.
+    """
+
+    total: Tensor
+    cross_entropy: float | None
+    kl: float | None
+    preference: float | None
+    num_tokens: int
+    row_losses: Mapping[str, float]
+
+
+def prepare(
+    model: Any,  # Any: peft
+    sources: Sources,
+    config: TrainConfig,
+    trunk_of: TrunkOf = SplitModel.trunk,
+) -> Prepared:
+    """One pass over all rows; the adapter is off, except for the reference "start"."""
+    base, recipe = model.get_base_model(), RECIPES[config.recipe]
+    num_frozen = max(0, base.config.num_hidden_layers - config.top_layers)
+    split = SplitModel(base, num_frozen, config.kernels)
+    with model.disable_adapter():
+        split.check_split(next(row for part in sources.parts for u in part for row in rows_of(u)))
+        trunks = _trunks(split, sources, config, trunk_of)
+        general = sources.general if recipe.is_anchored else ()
+        known = [trunks[GENERAL, i][0] for i in range(len(general))] if trunks else None
+        taught = teach(split, general, known, config.kl_scope, config)
+    teachers = {(GENERAL, index): teacher for index, teacher in enumerate(taught)}
+    if recipe.replay_blend:
+        teachers |= {
+            (REPLAY, index): sources.teachers[row.id]
+            for index, row in enumerate(sources.replay)
+            if row.id in sources.teachers
+        }
+    off = model.disable_adapter() if config.reference == "base" else contextlib.nullcontext()
+    with off:
+        references = _references(split, sources, trunks)
+    return Prepared(
+        split=split,
+        sources=sources,
+        trunks=trunks,
+        teachers=teachers,
+        references=references,
+        blend_of={REPLAY: recipe.replay_blend or 0.0, GENERAL: 1.0},
+    )
+
+
+def teach(
+    split: SplitModel,
+    rows: Sequence[TokenRow],
+    trunks: Sequence[Tensor] | None,
+    scope: str,
+    config: TrainConfig,
+) -> list[TopK]:
+    """The model's top K at the labels of each row; entry i is for the i-th label."""
+    # Tokens of a shared prefix are no row's own, so with every token a label a row stands alone.
+    budget = config.batch_tokens if scope == "completion" else 0
+    found = []
+    for span in cut([row.num_tokens for row in rows], budget):
+        packed = pack([rows[index] for index in span], labels=[scope] * len(span))
+        part = None if trunks is None else [trunks[index] for index in span]
+        with torch.no_grad():
+            best = top_k(split.logits(packed, part), config.kl_top_k)
+        for owner in range(len(span)):
+            own = torch.from_numpy(packed.owner_M == owner)
+            tokens, log_probs = best.tokens_TK[own], best.log_probs_TK[own]
+            found.append(TopK(tokens_TK=tokens, log_probs_TK=log_probs))
+    return found
+
+
+def sums(prepared: Prepared, batch: Batch, config: TrainConfig) -> Sums:
+    """How many labels, general positions, pairs and judged answers the batch has."""
+    num: Counter[str] = Counter()
+    for pick in batch:
+        unit = _unit(prepared, pick)
+        if isinstance(unit, PairRows):
+            num["pairs"] += 1
+        elif isinstance(unit, JudgedRows):
+            num["judged"] += len(unit.judged)
+        elif pick.source == GENERAL:
+            num["general"] += len(prepared.teachers[GENERAL, pick.index].tokens_TK)
+        else:
+            num["labels"] += unit.num_tokens - unit.num_prompt
+    return Sums(
+        labels=num["labels"], general=num["general"], pairs=num["pairs"], judged=num["judged"]
+    )
+
+
+def batch_loss(
+    prepared: Prepared, batch: Batch, over: Sums, config: TrainConfig, step: int
+) -> BatchLoss:
+    """Loss of a batch, or of a part of one whose sums are `over`."""
+    units = [_unit(prepared, pick) for pick in batch]
+    rows = [row for unit in units for row in rows_of(unit)]
+    kinds, dropped = _row_settings(units, batch, config, step)
+    packed = pack(rows, labels=kinds, dropped=dropped)
+    trunks = [trunk for pick in batch for trunk in prepared.trunks.get(_key(pick), ())] or None
+    found = prepared.split.losses(packed, trunks, _targets(prepared, batch, packed, rows))
+    of_row_R = [index for index, unit in enumerate(units) for _ in rows_of(unit)]
+    source_M = np.array([_source(units[i], batch[i].source) for i in of_row_R])[packed.owner_M]
+    is_general, is_labelled = (torch.from_numpy(source_M == s) for s in (GENERAL, NEW))
+    ce = found.loss_M[is_labelled].sum() / max(1, over.labels)
+    kl = found.loss_M[is_general].sum() / max(1, over.general)
+    preference = _preference_loss(prepared, batch, packed, found.loss_M, over, config)
+    total = ce + config.kl_weight * kl + config.preference_weight * preference
+    return BatchLoss(
+        total=total,
+        cross_entropy=_mean(found.ce_M[is_labelled], over.labels),
+        kl=_mean(found.kl_M[is_general], over.general),
+        preference=preference.item() if over.pairs + over.judged else None,
+        num_tokens=len(packed.ids_N),
+        row_losses=_row_losses(rows, packed, found.loss_M),
+    )
+
+
+def add(parts: Sequence[BatchLoss]) -> BatchLoss:
+    """The whole batch from its parts."""
+    return BatchLoss(
+        total=torch.stack([part.total.detach() for part in parts]).sum(),
+        cross_entropy=_added([part.cross_entropy for part in parts]),
+        kl=_added([part.kl for part in parts]),
+        preference=_added([part.preference for part in parts]),
+        num_tokens=sum(part.num_tokens for part in parts),
+        row_losses={id_: loss for part in parts for id_, loss in part.row_losses.items()},
+    )
+
+
+def _trunks(
+    split: SplitModel, sources: Sources, config: TrainConfig, trunk_of: TrunkOf
+) -> dict[tuple[int, int], tuple[Tensor, ...]]:
+    if not split.num_frozen:
+        return {}
+    recipe = RECIPES[config.recipe]
+    is_drawn = (True, recipe.replay_blend is not None, recipe.is_anchored, True, True)
+    keyed = [
+        ((source, index), row)
+        for source, part in enumerate(sources.parts)
+        if is_drawn[source]
+        for index, unit in enumerate(part)
+        for row in rows_of(unit)
+    ]
+    found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    trunks = trunk_of(split, [row for _, row in keyed], config.batch_tokens)
+    for (key, _), trunk in zip(keyed, trunks, strict=True):
+        found[key] = (*found.get(key, ()), trunk)
+    return found
+
+
+def _references(
+    split: SplitModel,
+    sources: Sources,
+    trunks: Mapping[tuple[int, int], tuple[Tensor, ...]],
+) -> dict[tuple[int, int], Tensor]:
+    """Log-probability of each completion of a pair or of judged answers."""
+    found = {}
+    for source in (PAIRS, JUDGEMENTS):
+        for index, unit in enumerate(sources.parts[source]):
+            packed = pack(rows_of(unit), labels=["completion"] * len(rows_of(unit)))
+            with torch.no_grad():
+                losses = split.losses(packed, trunks.get((source, index)), _labels(packed))
+            found[source, index] = _log_probs(packed, losses.loss_M, len(rows_of(unit)))
+    return found
+
+
+def _row_settings(
+    units: Sequence[Unit], batch: Batch, config: TrainConfig, step: int
+) -> tuple[list[str], list[frozenset[int]]]:
+    """Of each row: which tokens are labels, and which positions of its question to leave out.
+
+    A question that is never asked twice in the same words is learned by what its wordings share.
+    General rows and preferences stay whole for what they are compared with.
+    """
+    kinds: list[str] = []
+    dropped: list[frozenset[int]] = []
+    for unit, pick in zip(units, batch, strict=True):
+        is_general = pick.source == GENERAL
+        kinds += [config.kl_scope if is_general else "completion"] * len(rows_of(unit))
+        if is_general or not isinstance(unit, TokenRow):
+            dropped += [frozenset[int]()] * len(rows_of(unit))
+            continue
+        chances = np.random.default_rng((config.seed, step, *_key(pick)))
+        is_gone = chances.random(len(unit.question)) < config.question_dropout
+        dropped.append(frozenset(np.array(unit.question)[is_gone].tolist()))
+    return kinds, dropped
+
+
+def _source(unit: Unit, source: int) -> int:
+    """NEW for every row that has cross-entropy, GENERAL, or -1 where the completion counts."""
+    if not isinstance(unit, TokenRow):
+        return -1
+    return GENERAL if source == GENERAL else NEW
+
+
+def _targets(prepared: Prepared, batch: Batch, packed: Packed, rows: Sequence[TokenRow]) -> Targets:
+    """Labels, and for the rows of a teacher what it says; a teacher ends where its row ends."""
+    plain = _labels(packed)
+    picks = [pick for pick in batch for _ in rows_of(_unit(prepared, pick))]
+    taught = [(o, pick) for o, pick in enumerate(picks) if _key(pick) in prepared.teachers]
+    if not taught:
+        return plain
+    num, k = len(packed.label_M), prepared.teachers[_key(taught[0][1])].tokens_TK.shape[1]
+    tokens_MK, probs_MK = torch.zeros(num, k, dtype=torch.long), torch.zeros(num, k)
+    for owner, pick in taught:
+        teacher = prepared.teachers[_key(pick)]
+        at = np.flatnonzero(packed.owner_M == owner)
+        entry = packed.at_M[at] - (rows[owner].num_tokens - len(teacher.tokens_TK))
+        tokens_MK[at] = teacher.tokens_TK[entry]
+        probs_MK[at] = teacher.log_probs_TK[entry].exp()
+        plain.blend_M[at] = prepared.blend_of[pick.source]
+    return replace(plain, tokens_MK=tokens_MK, probs_MK=probs_MK)
+
+
+def _labels(packed: Packed) -> Targets:
+    num = len(packed.label_M)
+    return Targets(
+        label_M=torch.from_numpy(packed.label_M),
+        blend_M=torch.zeros(num),
+        tokens_MK=torch.zeros(num, 0, dtype=torch.long),
+        probs_MK=torch.zeros(num, 0),
+    )
+
+
+def _preference_loss(
+    prepared: Prepared,
+    batch: Batch,
+    packed: Packed,
+    loss_M: Tensor,
+    over: Sums,
+    config: TrainConfig,
+) -> Tensor:
+    """Mean DPO, with its cross-entropy, over pairs plus mean weighted KTO over judged answers."""
+    total, first = loss_M.new_zeros(()), 0
+    units = [_unit(prepared, pick) for pick in batch]
+    log_probs_R = _log_probs(packed, loss_M, sum(len(rows_of(unit)) for unit in units))
+    for unit, pick in zip(units, batch, strict=True):
+        ours = log_probs_R[first : first + len(rows_of(unit))]
+        first += len(ours)
+        if isinstance(unit, PairRows):
+            total = (
+                total + _pair_loss(unit, ours, prepared.references[_key(pick)], config) / over.pairs
+            )
+        elif isinstance(unit, JudgedRows):
+            ratio = ours - prepared.references[_key(pick)]
+            total = total + _judged_loss(unit, ratio, config) / over.judged
+    return total
+
+
+def _pair_loss(pair: PairRows, ours_2: Tensor, reference_2: Tensor, config: TrainConfig) -> Tensor:
+    margin = reference_2[0] - reference_2[1]
+    value = dpo(ours_2[0], ours_2[1], margin, beta=config.preference_beta)
+    num_labels = pair.chosen.num_tokens - pair.chosen.num_prompt
+    return value - config.dpo_sft_weight * ours_2[0] / num_labels
+
+
+def _judged_loss(group: JudgedRows, ratio_R: Tensor, config: TrainConfig) -> Tensor:
+    judged, mismatched = ratio_R.chunk(2)
+    is_desirable = torch.tensor([label == "desirable" for label in group.labels])
+    losses = kto(judged, mismatched, is_desirable, beta=config.preference_beta)
+    return (torch.tensor(group.weights) * losses).sum()
+
+
+def _log_probs(packed: Packed, loss_M: Tensor, num_rows: int) -> Tensor:
+    return loss_M.new_zeros(num_rows).index_add(0, torch.from_numpy(packed.owner_M), -loss_M)
+
+
+def _row_losses(
+    rows: Sequence[TokenRow], packed: Packed, loss_M: Tensor
+) -> dict[str, float]:  # fmt: skip
+    total_R = _log_probs(packed, -loss_M.detach(), len(rows)).tolist()
+    num_R = np.bincount(packed.owner_M, minlength=len(rows)).clip(1)
+    return {row.id: total / int(num) for row, total, num in zip(rows, total_R, num_R, strict=True)}
+
+
+def _mean(values: Tensor, num: int) -> float | None:
+    return float(values.sum()) / num if num else None
+
+
+def _added(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _unit(prepared: Prepared, pick: Pick) -> Unit:
+    return prepared.sources.parts[pick.source][pick.index]
+
+
+def _key(pick: Pick) -> tuple[int, int]:
+    return pick.source, pick.index

@@ -1,0 +1,156 @@
+"""Which loss each kind of row has, by recipe. One table, and the row kinds that are not plain text.
+
+| recipe | new | replayed | general |
+|---|---|---|---|
+| sft | CE | not drawn | not drawn |
+| replay | CE | CE | not drawn |
+| replay-kd | CE | 0.5 CE + 0.5 KL | not drawn |
+| anchor | CE | CE | KL to the base |
+| replay-kd-anchor | CE | 0.5 CE + 0.5 KL | KL to the base |
+
+KL is forward, over the 20 likeliest tokens of a teacher: for a replayed row the model that had just
+learned it, cached then; for a general row the base, that is the adapter switched off. In every
+recipe a preference pair has DPO with a CE term on the chosen answer, a judged answer KTO with the
+weights of its class.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perennial.infra.errors import InputError
+from perennial.training.compile import ClassWeights
+from perennial.training.examples import Judgement, Label, Pair
+from perennial.training.tokens import TokenRow, encode_answer
+
+_GROUP = 8  # judged answers whose mismatched ones estimate one reference point
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """None: rows of that source are not drawn. replay_blend: the teacher's part of the target."""
+
+    replay_blend: float | None = None
+    is_anchored: bool = False
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "sft": Recipe(),
+    "replay": Recipe(replay_blend=0.0),
+    "replay-kd": Recipe(replay_blend=0.5),
+    "anchor": Recipe(replay_blend=0.0, is_anchored=True),
+    "replay-kd-anchor": Recipe(replay_blend=0.5, is_anchored=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRows:
+    """Two answers to one prompt; they share a step, so the prompt is computed once."""
+
+    id: str
+    chosen: TokenRow
+    rejected: TokenRow
+
+    @property
+    def rows(self) -> tuple[TokenRow, ...]:
+        """Chosen, then rejected."""
+        return (self.chosen, self.rejected)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of both rows."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedRows:
+    """Judged answers that share a step, and each prompt again with the answer to the next one.
+
+    weights: λ of each judged answer.
+    """
+
+    id: str
+    judged: tuple[TokenRow, ...]
+    mismatched: tuple[TokenRow, ...]
+    labels: tuple[Label, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.judged) < 2:
+            raise InputError(
+                f"KTO needs two judged answers or more, got {self.id} alone: its reference point "
+                "is taken from another row's answer"
+            )
+
+    @property
+    def rows(self) -> tuple[TokenRow, ...]:
+        """The judged, then the mismatched."""
+        return self.judged + self.mismatched
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+Unit = TokenRow | PairRows | JudgedRows
+
+
+def rows_of(unit: Unit) -> tuple[TokenRow, ...]:
+    """The token rows that a unit puts into a step."""
+    return (unit,) if isinstance(unit, TokenRow) else unit.rows
+
+
+def encode_pair(tokenizer: Any, pair: Pair, max_len: int) -> PairRows:  # Any: transformers
+    """Both answers as rows; errors as in `encode_example`."""
+    chosen, rejected = (
+        encode_answer(tokenizer, f"{pair.id}/{side}", pair.messages, answer, max_len)
+        for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    )
+    return PairRows(id=pair.id, chosen=chosen, rejected=rejected)
+
+
+def encode_judged(
+    tokenizer: Any,  # Any: transformers
+    judgements: Sequence[Judgement],
+    weights: ClassWeights,
+    max_len: int,
+    seed: int,
+) -> tuple[JudgedRows, ...]:
+    """Groups of about eight in seeded order; a lone last row joins the group before it.
+
+    Errors as in `encode_example`, of the judged answers; a mismatched one may have up to twice
+    `max_len` tokens.
+    """
+    order = list(judgements)
+    random.Random(seed).shuffle(order)
+    groups = [order[start : start + _GROUP] for start in range(0, len(order), _GROUP)]
+    if len(groups) > 1 and len(groups[-1]) == 1:
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return tuple(_encode_group(tokenizer, group, weights, max_len) for group in groups)
+
+
+def _encode_group(
+    tokenizer: Any,  # Any: transformers
+    group: Sequence[Judgement],
+    weights: ClassWeights,
+    max_len: int,
+) -> JudgedRows:
+    others = [*group[1:], group[0]]
+    return JudgedRows(
+        id=group[0].id,
+        judged=tuple(
+            encode_answer(tokenizer, row.id, row.messages, row.completion, max_len) for row in group
+        ),
+        mismatched=tuple(
+            encode_answer(
+                tokenizer, f"{row.id}/mismatched", row.messages, other.completion, 2 * max_len
+            )
+            for row, other in zip(group, others, strict=True)
+        ),
+        labels=tuple(row.label for row in group),
+        weights=tuple(
+            weights.desirable if row.label == "desirable" else weights.undesirable for row in group
+        ),
+    )
