@@ -33,31 +33,30 @@ class Arm:
     overrides: Mapping[str, Any] = field(default_factory=dict)  # Any: fields of TrainConfig
 
 
-_PLAIN = {"question_dropout": 0.0}
-
 ARMS: Mapping[str, Arm] = {
     "base": Arm(says="the base model, never trained", rounds="none"),
-    "naive": Arm(
-        says="goes on with the same adapter", has_replay=False, has_general=False, overrides=_PLAIN
-    ),
+    "naive": Arm(says="goes on with the same adapter", has_replay=False, has_general=False),
     "naive-same-tokens": Arm(
         says="naive, as many tokens as the full recipe",
         has_replay=False,
         has_general=False,
         tokens="as-full",
-        overrides=_PLAIN,
     ),
-    "replay": Arm(says="plain replay of past rounds", has_general=False, overrides=_PLAIN),
+    "replay": Arm(says="plain replay of past rounds", has_general=False),
     "replay-same-tokens": Arm(
         says="plain replay, as many tokens as the full recipe",
         has_general=False,
         tokens="as-full",
-        overrides=_PLAIN,
     ),
     "full": Arm(says="the product's recipe"),
-    "no-kl": Arm(says="full without distillation on general rows", has_general=False),
+    "no-general": Arm(says="full without general rows", has_general=False),
     "no-replay": Arm(says="full without replay of past rounds", has_replay=False),
-    "no-question-dropout": Arm(says="full without question dropout", overrides=_PLAIN),
+    "kl-only": Arm(
+        says="full, general rows held to the base alone", overrides={"general_blend": 1.0}
+    ),
+    "question-dropout": Arm(
+        says="full with 30% of the questions' tokens hidden", overrides={"question_dropout": 0.3}
+    ),
     "all-layers": Arm(
         says="full with an adapter on every layer", overrides={"top_layers": _EVERY_LAYER}
     ),

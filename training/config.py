@@ -43,13 +43,14 @@ class TrainConfig:
     final_lr_share: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    epochs: int = 10  # passes over the new rows
-    batch_tokens: int = 512  # trained tokens of one step
+    epochs: int = 8  # passes over the new rows
+    batch_tokens: int = 256  # trained tokens of one step
     max_len: int = 512  # a longer row is refused
-    replay_share: float = 0.35  # of all tokens of an epoch
-    general_share: float = 0.20
-    question_dropout: float = 0.3  # chance that a token of a question is masked
-    kl_weight: float = 1.0
+    replay_share: float = 0.20  # of all tokens of an epoch
+    general_share: float = 0.10
+    question_dropout: float = 0.0  # chance that a token of a question is masked
+    kl_weight: float = 3.0  # of general rows beside cross-entropy
+    general_blend: float = 0.5  # the base's part of a general row's target; its text has the rest
     kl_top_k: int = 20
     kl_scope: Literal["completion", "all"] = "completion"
     kl_budget: float = 0.0  # nats a token from the base on general rows; beyond it: stop; 0: none
@@ -68,7 +69,7 @@ class TrainConfig:
         positive += ("top_layers", "max_grad_norm", "checkpoint_steps", "b_lr_ratio")
         for name in (*positive, "kl_top_k", "preference_beta"):
             self._require(name, getattr(self, name) > 0, "positive")
-        for name in ("warmup_share", "final_lr_share", "shrink"):
+        for name in ("warmup_share", "final_lr_share", "shrink", "general_blend"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         unbounded = ("weight_decay", "kl_weight", "kl_budget", "seed", "rebuild_every", "cache_mb")
         for name in (*unbounded, "preference_weight", "dpo_sft_weight"):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,8 +74,7 @@ def evaluate(
     """
     started = time.monotonic()
     encoded = [_encoded(tokenizer, row, limits.max_len) for row in rows]
-    nlls = reference_nlls(model, encoded)
-    kls = reference_kls(model, encoded, base) if base else [None] * len(rows)
+    references = _references(model, encoded, base)
     graded = [index for index, row in enumerate(rows) if row.rule != "none"]
     prompts = [encode_prompt(tokenizer, rows[index].messages) for index in graded]
     answers = dict(zip(graded, generate(model, tokenizer, prompts, limits), strict=True))
@@ -88,7 +88,9 @@ def evaluate(
             is_right=is_right(row, answers[index]) if index in answers else None,
             kl=kl,
         )
-        for index, (row, nll, kl, tokens) in enumerate(zip(rows, nlls, kls, encoded, strict=True))
+        for index, (row, (nll, kl), tokens) in enumerate(
+            zip(rows, references, encoded, strict=True)
+        )
     )
     return results, summarise(results, time.monotonic() - started)
 
@@ -111,13 +113,7 @@ def summarise(results: Sequence[RowResult], seconds: float) -> SuiteSummary:
 
 def reference_nlls(model: Any, rows: Sequence[TokenRow]) -> list[float]:  # Any: transformers
     """Mean negative log-likelihood of each row's completion, nats a token."""
-    found: list[float] = []
-    for span, packed, logits_MV in _logits(model, rows):
-        log_probs = torch.log_softmax(logits_MV.float(), dim=-1)
-        losses_M = -log_probs.gather(-1, torch.from_numpy(packed.label_M)[:, None])[:, 0]
-        owner_M = torch.from_numpy(packed.owner_M)
-        found += [float(losses_M[owner_M == owner].mean()) for owner in range(len(span))]
-    return found
+    return [nll for nll, _ in _references(model, rows, None)]
 
 
 def base_top_k(
@@ -135,19 +131,24 @@ def base_top_k(
     return found
 
 
-def reference_kls(
+def _references(
     model: Any,  # Any: transformers
     rows: Sequence[TokenRow],
-    base: Sequence[TopK],
-) -> list[float]:
-    """Mean KL of the base to the model over each row's completion, nats a token."""
-    found: list[float] = []
+    base: Sequence[TopK] | None,
+) -> list[tuple[float, float | None]]:
+    """Of each row's completion the mean negative log-likelihood, and KL of the base to the model.
+
+    In nats a token; no KL without the base's likeliest tokens.
+    """
+    found: list[tuple[float, float | None]] = []
     for span, packed, logits_MV in _logits(model, rows):
+        log_probs = torch.log_softmax(logits_MV.float(), dim=-1)
+        losses_M = -log_probs.gather(-1, torch.from_numpy(packed.label_M)[:, None])[:, 0]
         owner_M = torch.from_numpy(packed.owner_M)
-        found += [
-            float(forward_kl(logits_MV[owner_M == owner], base[index]).mean())
-            for owner, index in enumerate(span)
-        ]
+        for owner, index in enumerate(span):
+            own = owner_M == owner
+            kl = float(forward_kl(logits_MV[own], base[index]).mean()) if base else None
+            found.append((float(losses_M[own].mean()), kl))
     return found
 
 
@@ -185,14 +186,19 @@ def _greedy(
     prompts: Sequence[Sequence[int]],
     limits: Limits,
 ) -> list[list[int]]:
-    """New ids of each prompt up to the end of turn; a batch shrinks as its rows end."""
+    """New ids of each prompt up to the end of turn; a batch shrinks as its rows end.
+
+    What all prompts begin with is computed once.
+    """
     eos = int(tokenizer.eos_token_id)
-    ids_BT, mask_BT = _left_padded(prompts, eos)
+    num_shared = _num_shared(prompts)
+    cache = _prefix_cache(model, prompts[0][:num_shared], len(prompts))
+    ids_BT, mask_BT = _left_padded([prompt[num_shared:] for prompt in prompts], eos)
+    mask_BT = torch.cat([mask_BT.new_ones(len(prompts), num_shared), mask_BT], dim=-1)
     position_B = mask_BT.sum(-1)
     new: list[list[int]] = [[] for _ in prompts]
-    cache = None
     rows = list(range(len(prompts)))
-    positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, num_shared:]
     for _ in range(limits.max_new_tokens):
         with torch.no_grad():
             out = model(
@@ -218,6 +224,24 @@ def _greedy(
         ids_BT, positions_BT = next_B[:, None], position_B[:, None]
         position_B = position_B + 1
     return new
+
+
+def _num_shared(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, short of the last of the shortest."""
+    limit = min(len(prompt) for prompt in prompts) - 1
+    stacked = np.array([prompt[:limit] for prompt in prompts])
+    differs = (stacked != stacked[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else limit
+
+
+def _prefix_cache(model: Any, ids: Sequence[int], num_rows: int) -> Any:  # Any: transformers
+    """Keys and values of a prefix, once for each row; None for an empty one."""
+    if not ids:
+        return None
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+    cache.past_key_values.batch_repeat_interleave(num_rows)
+    return cache.past_key_values
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

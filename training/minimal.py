@@ -32,7 +32,8 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
             row = sources.parts[pick.source][pick.index]
             assert isinstance(row, TokenRow)
             if pick.source == GENERAL:
-                distilled.append(kl_to_base(model, row, config.kl_top_k))
+                anchor, blend = kl_to_base(model, row, config.kl_top_k), config.general_blend
+                distilled.append(blend * anchor + (1 - blend) * completion_losses(model, row))
                 continue
             blend = RECIPES[config.recipe].replay_blend or 0.0
             teacher = sources.teachers.get(row.id) if pick.source == REPLAY else None

@@ -8,7 +8,7 @@ Shapes: M predicted positions, R packed rows, K tokens of a teacher.
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from perennial.training.batching import Packed, cut, pack
 from perennial.training.config import TrainConfig
 from perennial.training.loss import Targets, TopK, dpo, kto, top_k
 from perennial.training.mix import Batch, Pick
-from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows_of
+from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows_of, scored_rows
 from perennial.training.tokens import TokenRow
 from perennial.training.trunk import SplitModel
 
@@ -87,18 +87,24 @@ def prepare(
     sources: Sources,
     config: TrainConfig,
     trunk_of: TrunkOf = SplitModel.trunk,
+    drawn: Collection[Pick] | None = None,
 ) -> Prepared:
-    """One pass over all rows; the adapter is off, except for the reference "start"."""
+    """One pass over the rows that are drawn (None: all).
+
+    The adapter is off, except for the reference "start".
+    """
+    picks = sorted(drawn if drawn is not None else _all(sources), key=_key)
     base, recipe = model.get_base_model(), RECIPES[config.recipe]
     num_frozen = max(0, base.config.num_hidden_layers - config.top_layers)
     split = SplitModel(base, num_frozen, config.kernels)
     with model.disable_adapter():
         split.check_split(next(row for part in sources.parts for u in part for row in rows_of(u)))
-        trunks = _trunks(split, sources, config, trunk_of)
-        general = sources.general if recipe.is_anchored else ()
-        known = [trunks[GENERAL, i][0] for i in range(len(general))] if trunks else None
-        taught = teach(split, general, known, config.kl_scope, config)
-    teachers = {(GENERAL, index): teacher for index, teacher in enumerate(taught)}
+        trunks = _trunks(split, sources, picks, config, trunk_of)
+        general = [p.index for p in picks if p.source == GENERAL and recipe.is_anchored]
+        known = [trunks[GENERAL, index][0] for index in general] if trunks else None
+        rows = [sources.general[index] for index in general]
+        taught = teach(split, rows, known, config.kl_scope, config)
+    teachers = {(GENERAL, index): found for index, found in zip(general, taught, strict=True)}
     if recipe.replay_blend:
         teachers |= {
             (REPLAY, index): sources.teachers[row.id]
@@ -114,7 +120,7 @@ def prepare(
         trunks=trunks,
         teachers=teachers,
         references=references,
-        blend_of={REPLAY: recipe.replay_blend or 0.0, GENERAL: 1.0},
+        blend_of={REPLAY: recipe.replay_blend or 0.0, GENERAL: config.general_blend},
     )
 
 
@@ -167,7 +173,7 @@ def batch_loss(
     rows = [row for unit in units for row in rows_of(unit)]
     kinds, dropped = _row_settings(units, batch, config, step)
     packed = pack(rows, labels=kinds, dropped=dropped)
-    trunks = [trunk for pick in batch for trunk in prepared.trunks.get(_key(pick), ())] or None
+    trunks = [trunk for pick in batch for trunk in _learning_trunks(prepared, pick)] or None
     found = prepared.split.losses(packed, trunks, _targets(prepared, batch, packed, rows))
     of_row_R = [index for index, unit in enumerate(units) for _ in rows_of(unit)]
     source_M = np.array([_source(units[i], batch[i].source) for i in of_row_R])[packed.owner_M]
@@ -199,18 +205,22 @@ def add(parts: Sequence[BatchLoss]) -> BatchLoss:
 
 
 def _trunks(
-    split: SplitModel, sources: Sources, config: TrainConfig, trunk_of: TrunkOf
+    split: SplitModel,
+    sources: Sources,
+    picks: Sequence[Pick],
+    config: TrainConfig,
+    trunk_of: TrunkOf,
 ) -> dict[tuple[int, int], tuple[Tensor, ...]]:
     if not split.num_frozen:
         return {}
     recipe = RECIPES[config.recipe]
     is_drawn = (True, recipe.replay_blend is not None, recipe.is_anchored, True, True)
     keyed = [
-        ((source, index), row)
-        for source, part in enumerate(sources.parts)
-        if is_drawn[source]
-        for index, unit in enumerate(part)
-        for row in rows_of(unit)
+        (_key(pick), row)
+        for pick in picks
+        if is_drawn[pick.source]
+        for unit in (sources.parts[pick.source][pick.index],)
+        for row in (*rows_of(unit), *scored_rows(unit))
     ]
     found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
     trunks = trunk_of(split, [row for _, row in keyed], config.batch_tokens)
@@ -224,15 +234,21 @@ def _references(
     sources: Sources,
     trunks: Mapping[tuple[int, int], tuple[Tensor, ...]],
 ) -> dict[tuple[int, int], Tensor]:
-    """Log-probability of each completion of a pair or of judged answers."""
+    """Log-probability of each completion of a pair, or of judged and then mismatched answers."""
     found = {}
     for source in (PAIRS, JUDGEMENTS):
         for index, unit in enumerate(sources.parts[source]):
-            packed = pack(rows_of(unit), labels=["completion"] * len(rows_of(unit)))
-            with torch.no_grad():
-                losses = split.losses(packed, trunks.get((source, index)), _labels(packed))
-            found[source, index] = _log_probs(packed, losses.loss_M, len(rows_of(unit)))
+            rows = (*rows_of(unit), *scored_rows(unit))
+            found[source, index] = _scores(split, rows, trunks.get((source, index)))
     return found
+
+
+def _scores(split: SplitModel, rows: Sequence[TokenRow], trunks: Sequence[Tensor] | None) -> Tensor:
+    """Log-probability of each completion, without gradient."""
+    packed = pack(rows, labels=["completion"] * len(rows))
+    with torch.no_grad():
+        losses = split.losses(packed, trunks, _labels(packed))
+    return _log_probs(packed, losses.loss_M, len(rows))
 
 
 def _row_settings(
@@ -313,8 +329,7 @@ def _preference_loss(
                 total + _pair_loss(unit, ours, prepared.references[_key(pick)], config) / over.pairs
             )
         elif isinstance(unit, JudgedRows):
-            ratio = ours - prepared.references[_key(pick)]
-            total = total + _judged_loss(unit, ratio, config) / over.judged
+            total = total + _judged_loss(prepared, pick, unit, ours, config) / over.judged
     return total
 
 
@@ -325,10 +340,20 @@ def _pair_loss(pair: PairRows, ours_2: Tensor, reference_2: Tensor, config: Trai
     return value - config.dpo_sft_weight * ours_2[0] / num_labels
 
 
-def _judged_loss(group: JudgedRows, ratio_R: Tensor, config: TrainConfig) -> Tensor:
-    judged, mismatched = ratio_R.chunk(2)
+def _judged_loss(
+    prepared: Prepared, pick: Pick, group: JudgedRows, ours_R: Tensor, config: TrainConfig
+) -> Tensor:
+    num = len(group.judged)
+    trunks = prepared.trunks.get(_key(pick))
+    scores_R = _scores(prepared.split, group.mismatched, trunks[num:] if trunks else None)
+    reference = prepared.references[_key(pick)]
     is_desirable = torch.tensor([label == "desirable" for label in group.labels])
-    losses = kto(judged, mismatched, is_desirable, beta=config.preference_beta)
+    losses = kto(
+        ours_R - reference[:num],
+        scores_R - reference[num:],
+        is_desirable,
+        beta=config.preference_beta,
+    )
     return (torch.tensor(group.weights) * losses).sum()
 
 
@@ -351,6 +376,15 @@ def _mean(values: Tensor, num: int) -> float | None:
 def _added(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
+
+
+def _learning_trunks(prepared: Prepared, pick: Pick) -> tuple[Tensor, ...]:
+    return prepared.trunks.get(_key(pick), ())[: len(rows_of(_unit(prepared, pick)))]
+
+
+def _all(sources: Sources) -> list[Pick]:
+    parts = enumerate(sources.parts)
+    return [Pick(source=source, index=i) for source, part in parts for i in range(len(part))]
 
 
 def _unit(prepared: Prepared, pick: Pick) -> Unit:

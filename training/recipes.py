@@ -5,13 +5,13 @@
 | sft | CE | not drawn | not drawn |
 | replay | CE | CE | not drawn |
 | replay-kd | CE | 0.5 CE + 0.5 KL | not drawn |
-| anchor | CE | CE | KL to the base |
-| replay-kd-anchor | CE | 0.5 CE + 0.5 KL | KL to the base |
+| anchor | CE | CE | CE + KL to the base |
+| replay-kd-anchor | CE | 0.5 CE + 0.5 KL | CE + KL to the base |
 
 KL is forward, over the 20 likeliest tokens of a teacher: for a replayed row the model that had just
-learned it, cached then; for a general row the base, that is the adapter switched off. In every
-recipe a preference pair has DPO with a CE term on the chosen answer, a judged answer KTO with the
-weights of its class.
+learned it, cached then; for a general row the base, that is the adapter switched off, and
+`general_blend` is the KL's part. In every recipe a preference pair has DPO with a CE term on the
+chosen answer, a judged answer KTO with the weights of its class.
 """
 
 import random
@@ -67,7 +67,7 @@ class PairRows:
 class JudgedRows:
     """Judged answers that share a step, and each prompt again with the answer to the next one.
 
-    weights: λ of each judged answer.
+    The mismatched ones are only scored. weights: λ of each judged answer.
     """
 
     id: str
@@ -84,22 +84,24 @@ class JudgedRows:
             )
 
     @property
-    def rows(self) -> tuple[TokenRow, ...]:
-        """The judged, then the mismatched."""
-        return self.judged + self.mismatched
-
-    @property
     def num_tokens(self) -> int:
-        """Of all rows."""
-        return sum(row.num_tokens for row in self.rows)
+        """Of the judged answers."""
+        return sum(row.num_tokens for row in self.judged)
 
 
 Unit = TokenRow | PairRows | JudgedRows
 
 
 def rows_of(unit: Unit) -> tuple[TokenRow, ...]:
-    """The token rows that a unit puts into a step."""
-    return (unit,) if isinstance(unit, TokenRow) else unit.rows
+    """The token rows that learn when a unit is in a step."""
+    if isinstance(unit, PairRows):
+        return unit.rows
+    return unit.judged if isinstance(unit, JudgedRows) else (unit,)
+
+
+def scored_rows(unit: Unit) -> tuple[TokenRow, ...]:
+    """The token rows that are scored in such a step without a gradient."""
+    return unit.mismatched if isinstance(unit, JudgedRows) else ()
 
 
 def encode_pair(tokenizer: Any, pair: Pair, max_len: int) -> PairRows:  # Any: transformers

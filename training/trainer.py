@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def train(
         UnavailableError: a checkpoint cannot be written; the ones before it are whole.
     """
     batches = plan(sources, config)
-    prepared = objective.prepare(model, sources, config, trunk_of)
+    prepared = objective.prepare(model, sources, config, trunk_of, set(chain(*batches)))
     weights = lora.trainable(model)
     optimizer = make_optimizer(weights, config)
     cursor = checkpoint.restore(checkpoints, job, weights, optimizer)

@@ -3,11 +3,11 @@
     python tests/bench/round.py [--rows 64] [--epochs 3] [--threads 2] [--seed 0] [--out DIR]
 
 Arms, each in a process of its own: our round (recipe `sft`, other settings as shipped), TRL's
-SFTTrainer as it comes, and SFTTrainer at its best here (packing "bfd", 512 tokens a step, no
-activation checkpointing). TRL gets our learning rate, since its own default learns nothing in three
-epochs. Wall time is from loading the model to the saved adapter; caches are cold. All adapters are
-then scored in one process on questions that none has seen, and on general answers. Prints a table
-and, as the last line, `RESULT {json}`.
+SFTTrainer as it comes, and SFTTrainer at its best here (packing "bfd", as many tokens a step as we
+take, no activation checkpointing). TRL gets our learning rate, since its own default learns nothing
+in three epochs. Wall time is from loading the model to the saved adapter; caches are cold. All
+adapters are then scored in one process on questions that none has seen, and on general answers.
+Prints a table and, as the last line, `RESULT {json}`.
 """
 
 import argparse

@@ -146,6 +146,21 @@ def test_judged_answers_that_fit_have_mismatched_ones_that_may_be_longer() -> No
     assert max(row.num_tokens for row in group.mismatched) > 150
 
 
+def test_mismatched_answers_are_no_part_of_a_groups_tokens() -> None:
+    (group,) = preferences()["judgements"]
+    assert group.num_tokens == sum(row.num_tokens for row in group.judged)
+
+
+def test_only_rows_that_are_drawn_are_prepared() -> None:
+    config = with_fields(recipe="anchor")
+    model = adapted(config)
+    sources = Sources(new=rows(0, 2), general=rows(2, 3, "general"))
+    drawn = {Pick(source=NEW, index=1), Pick(source=GENERAL, index=2)}
+    prepared = objective.prepare(model, sources, config, drawn=drawn)
+    assert set(prepared.trunks) == {(NEW, 1), (GENERAL, 2)}
+    assert set(prepared.teachers) == {(GENERAL, 2)}
+
+
 def log_prob(model: Any, row: TokenRow) -> Tensor:
     """Of the completion, by the plain model, the row alone."""
     ids = torch.from_numpy(row.ids_T)

@@ -87,7 +87,7 @@ def test_the_plain_twin_has_the_same_losses(tmp_path: Path, top_layers: int) -> 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_plain_twin_knows_every_recipe(tmp_path: Path, recipe: Any) -> None:
-    config = with_fields(recipe=recipe, epochs=2)
+    config = with_fields(recipe=recipe, epochs=2, general_blend=0.5)
     rows = sources()
     split = SplitModel(tiny_model(7), 0)
     taught = teach(split, rows.replay, None, "completion", config)
@@ -99,8 +99,8 @@ def test_the_plain_twin_knows_every_recipe(tmp_path: Path, recipe: Any) -> None:
 
 
 def test_the_teacher_holds_general_rows_to_the_base(tmp_path: Path) -> None:
-    held = with_fields(kl_weight=3.0, epochs=10)
-    free = with_fields(kl_weight=0.0, epochs=10)
+    held = with_fields(kl_weight=3.0, general_blend=1.0, epochs=10)
+    free = with_fields(kl_weight=0.0, general_blend=1.0, epochs=10)
     _, with_kl = trained(held, tmp_path / "a")
     _, without = trained(free, tmp_path / "b")
     kl = [[s.kl for s in steps if s.kl is not None][-1] for steps in (with_kl, without)]
