@@ -1,15 +1,17 @@
 """Interactions and feedback as values.
 
 Pure: every rule that a record must obey, whoever made it, is checked here on construction. What a
-JSON body looks like is left to `bodies`, how a record is stored to `sql_store`.
+JSON body looks like is left to `bodies`, how a record is stored to `sql_store`. They are Structs
+because a frozen dataclass takes fourteen times as long to make: a tenth of what an item costs.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import ClassVar, Literal, get_args
+
+from msgspec import Struct
 
 from perennial.infra.errors import InputError
 
@@ -35,8 +37,7 @@ IMPORTED = "import"
 """The route role of what a file brought: it can be learned from, but it is not today's traffic."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
+class Message(Struct, frozen=True, kw_only=True):
     """One turn of a conversation."""
 
     role: Role
@@ -47,8 +48,7 @@ class Message:
         _check_text("content", self.content)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interaction:
+class Interaction(Struct, frozen=True, kw_only=True):
     """One answered request.
 
     `received_at` orders windows and is set by the store when it commits; what the maker of a record
@@ -71,7 +71,7 @@ class Interaction:
     latency_ms: float | None = None
     finish_reason: str | None = None
     occurred_at: datetime | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = {}
 
     def __post_init__(self) -> None:
         check_id("id", self.id)
@@ -93,16 +93,14 @@ class Interaction:
         _check_tags(self.tags)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Binary:
+class Binary(Struct, frozen=True, kw_only=True):
     """Thumbs up (true) or down (false)."""
 
     kind: ClassVar[Literal["binary"]] = "binary"
     value: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
+class Score(Struct, frozen=True, kw_only=True):
     """A rating on a stated scale; `min` and `max` belong to it, so that scales never mix."""
 
     kind: ClassVar[Literal["score"]] = "score"
@@ -119,8 +117,7 @@ class Score:
             raise InputError(f"score must lie in [{self.min}, {self.max}], got {self.value}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Label:
+class Label(Struct, frozen=True, kw_only=True):
     """A class name, such as `refusal` or `off_topic`."""
 
     kind: ClassVar[Literal["label"]] = "label"
@@ -130,8 +127,7 @@ class Label:
         _check_name("label value", self.value)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Correction:
+class Correction(Struct, frozen=True, kw_only=True):
     """What the answer should have been."""
 
     kind: ClassVar[Literal["correction"]] = "correction"
@@ -141,8 +137,7 @@ class Correction:
         _check_filled_text("correction text", self.text)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preference:
+class Preference(Struct, frozen=True, kw_only=True):
     """Of two answers to the same conversation, the better and the worse."""
 
     kind: ClassVar[Literal["preference"]] = "preference"
@@ -154,8 +149,7 @@ class Preference:
         _check_filled_text("rejected", self.rejected)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Demonstration:
+class Demonstration(Struct, frozen=True, kw_only=True):
     """An answer written by an expert without regard to what the model said."""
 
     kind: ClassVar[Literal["demonstration"]] = "demonstration"
@@ -165,8 +159,7 @@ class Demonstration:
         _check_filled_text("demonstration text", self.text)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comment:
+class Comment(Struct, frozen=True, kw_only=True):
     """Free text for people to read."""
 
     kind: ClassVar[Literal["comment"]] = "comment"
@@ -176,8 +169,7 @@ class Comment:
         _check_filled_text("comment text", self.text)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Implicit:
+class Implicit(Struct, frozen=True, kw_only=True):
     """What a user did with the answer; never averaged with what users said.
 
     `text` is the edited answer and comes with `edit` only.
@@ -212,8 +204,7 @@ SIGNALS: Mapping[str, type[Signal]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class Target(Struct, frozen=True, kw_only=True):
     """What a feedback is about: exactly one of an interaction, a trace, or inline messages.
 
     A trace stands for its latest interaction. Inline messages are for apps that do not report
@@ -245,8 +236,7 @@ class Target:
         return bool(self.messages)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Feedback:
+class Feedback(Struct, frozen=True, kw_only=True):
     """One signal about one answer.
 
     The store sets `received_at`, and `status`, `interaction_id`, `joined_at` and `task` when the
@@ -267,7 +257,7 @@ class Feedback:
     interaction_id: str | None = None
     joined_at: datetime | None = None
     occurred_at: datetime | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = {}
 
     def __post_init__(self) -> None:
         check_id("id", self.id)
@@ -282,8 +272,7 @@ class Feedback:
         _check_tags(self.tags)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
+class Judged(Struct, frozen=True, kw_only=True):
     """A joined feedback with the interaction it is about; None when the target was inline."""
 
     feedback: Feedback

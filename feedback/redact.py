@@ -9,9 +9,11 @@ import hashlib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
+
+from msgspec.structs import replace
 
 from perennial.feedback.pii import Span, find_spans
 from perennial.feedback.records import (

@@ -1,14 +1,15 @@
 """What the API answers with: models of the response bodies, made from records."""
 
-from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Self
 
+from msgspec.structs import asdict
 from pydantic import BaseModel, Field
 
 from perennial.feedback.records import (
     Feedback,
     Interaction,
+    Message,
     Role,
     SourceKind,
     Status,
@@ -111,7 +112,7 @@ class InteractionReply(BaseModel):
         """Everything but the tenant, which the caller is."""
         content = asdict(item)
         del content["tenant"]
-        return cls(**content)
+        return cls(**{**content, "messages": _messages(item.messages)})
 
 
 class TargetReply(BaseModel):
@@ -151,10 +152,11 @@ class FeedbackReply(BaseModel):
     def of(cls, item: Feedback) -> Self:
         """Everything but the tenant, which the caller is."""
         nested = ("tenant", "target", "signal", "source_kind", "source_id")
-        same = {f.name: getattr(item, f.name) for f in fields(item) if f.name not in nested}
+        same = {name: value for name, value in asdict(item).items() if name not in nested}
+        target = {**asdict(item.target), "messages": _messages(item.target.messages)}
         return cls(
             **same,
-            target=TargetReply(**asdict(item.target)),
+            target=TargetReply(**target),
             signal={"kind": item.signal.kind, **signal_json(item.signal)},
             source=SourceReply(kind=item.source_kind, id=item.source_id),
         )
@@ -184,3 +186,7 @@ class Health(BaseModel):
     """Alive, or ready."""
 
     status: str = "ok"
+
+
+def _messages(messages: tuple[Message, ...]) -> list[MessageReply]:
+    return [MessageReply(role=each.role, content=each.content) for each in messages]

@@ -6,7 +6,6 @@ the ORM's rows.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
 from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any, cast
@@ -37,16 +36,19 @@ INTERACTION_COLUMNS = tuple(
 FEEDBACK_COLUMNS = tuple(c.key for c in FeedbackRow.__table__.columns if c.key not in _NOT_SENT)
 
 _SAME_IN_INTERACTION = tuple(
-    f.name for f in fields(Interaction) if f.name not in ("messages", "tags")
+    name for name in Interaction.__struct_fields__ if name not in ("messages", "tags")
 )
 _SAME_IN_FEEDBACK = tuple(
-    f.name for f in fields(Feedback) if f.name not in ("target", "signal", "tags")
+    name for name in Feedback.__struct_fields__ if name not in ("target", "signal", "tags")
 )
+_NOT_IN_DIGEST = ("id", "tenant", "received_at")
 _sent_interaction = attrgetter(
-    *(f.name for f in fields(Interaction) if f.name not in ("id", "tenant", "received_at"))
+    *(name for name in Interaction.__struct_fields__ if name not in _NOT_IN_DIGEST)
 )
-_SET_BY_STORE = ("id", "tenant", "received_at", "status", "interaction_id", "joined_at")
-_sent_feedback = attrgetter(*(f.name for f in fields(Feedback) if f.name not in _SET_BY_STORE))
+_SET_BY_STORE = (*_NOT_IN_DIGEST, "status", "interaction_id", "joined_at")
+_sent_feedback = attrgetter(
+    *(name for name in Feedback.__struct_fields__ if name not in _SET_BY_STORE)
+)
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
 
@@ -150,7 +152,7 @@ def feedback_record(row: FeedbackRow) -> Feedback:
 
 def signal_json(signal: Signal) -> Mapping[str, str | float | bool | None]:
     """The fields of a signal, without its kind."""
-    return {f.name: getattr(signal, f.name) for f in fields(signal)}
+    return msgspec.structs.asdict(signal)
 
 
 def _message_json(messages: tuple[Message, ...]) -> str:

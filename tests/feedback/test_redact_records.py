@@ -1,7 +1,7 @@
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from perennial.feedback.records import (
     MAX_TAG_VALUE_CHARS,

@@ -3,10 +3,10 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from msgspec.structs import replace
 from sqlalchemy import func, select, update
 
 from perennial.feedback.records import (
@@ -217,7 +217,7 @@ def test_batch_keeps_the_good_and_names_the_conflict(
 
     assert isinstance(first, Stored)
     assert isinstance(conflict, ConflictError)
-    assert replay == replace(first, is_replay=True)
+    assert replay == Stored(id=first.id, is_replay=True, status=first.status)
     assert fresh.id == submissions[3].item.id
     assert len(store.list_feedback("acme", 0, 10).items) == 2
 
