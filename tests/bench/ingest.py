@@ -6,7 +6,7 @@ Real servers and a load generator share this machine's cores. The control is a p
 commits once per request (`rig/plain.py`), a second one our own with groups of one row; they and the
 fast path take turns in the same run, and ratios are of medians. After each scenario the
 database is compared with what was acknowledged, event by event: a lost or doubled one ends the run.
-`yardstick_us` says how fast Python was around each scenario.
+`yardstick` says how fast Python was around each scenario, and how much of the cores others took.
 Prints a table and, as the last line, `RESULT {json}`; progress goes to standard error.
 """
 
@@ -36,10 +36,10 @@ from rig.postgres import postgres
 from rig.processes import Generator, Served, Watch, serve, temporary_folder
 from rig.proof import prove
 from rig.table import table
-from rig.yardstick import yardstick_us
+from rig.yardstick import yardstick
 
 NUM_CLIENTS = 64
-NUM_BATCH_CLIENTS = 8
+NUM_BATCH_CLIENTS = 16
 NUM_TARGETS = 64
 
 Numbers = dict[str, Any]  # Any: numbers, lists of numbers and None, as JSON
@@ -109,18 +109,18 @@ def main() -> int:
         phoenix_python=args.phoenix_python,
     )
     results: Numbers = {"seed": args.seed, "load_average": os.getloadavg()[0]}
-    yardsticks: dict[str, float] = {}
+    yardsticks: dict[str, dict[str, float]] = {}
     started = time.monotonic()
     try:
         for name, scenario in SCENARIOS.items():
             if args.only in (None, name):
                 tell(f"{time.monotonic() - started:5.0f} s  {name}")
-                before_us = yardstick_us()
-                results |= scenario(bench)
-                yardsticks[name] = (before_us + yardstick_us()) / 2
+                with yardstick() as yardsticks[name]:
+                    results |= scenario(bench)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    results["yardstick_us"] = yardsticks
+    results["yardstick"] = yardsticks
+    results["stolen_max"] = max(each["stolen"] for each in yardsticks.values())
     results["statuses"] = dict(bench.statuses)
     print(table(results))
     print("RESULT " + json.dumps(results))

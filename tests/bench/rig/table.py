@@ -20,6 +20,11 @@ class Line:
 
 LINES = (
     Line(
+        key="stolen_max",
+        label="cores' time that other machines took",
+        text="up to {stolen_max:.0%} of a scenario",
+    ),
+    Line(
         key="fsync_per_s",
         label="fsync of this disk",
         text="{fsync_per_s:,.0f}/s, p50 {fsync_p50_ms:.1f} ms, p99 {fsync_p99_ms:.0f} ms",
