@@ -120,6 +120,9 @@ class GroupCommitter:
         submissions: Sequence[Submission],
         future: "Future[Outcomes] | asyncio.Future[Outcomes]",
     ) -> None:
+        if not submissions:
+            future.set_result(())
+            return
         if self._thread is None:
             self.start()
         request = _Request(future=future, num_waiting=len(submissions))

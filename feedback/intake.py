@@ -115,7 +115,7 @@ async def check_items(
 async def store(intake: Intake, checked: Sequence[Checked]) -> list[Outcome]:
     """What became of each, once the good ones are on disk."""
     good = [each for each in checked if isinstance(each, Submission)]
-    stored = await intake.committer.store(good) if good else ()
+    stored = await intake.committer.store(good)
     for submission, outcome in zip(good, stored, strict=True):
         if isinstance(outcome, Stored):
             _count(intake.metrics, submission, outcome)

@@ -142,6 +142,13 @@ def test_failed_commit_fails_its_group_and_the_next_goes_on(
     assert committer.submit([submission("a")])
 
 
+def test_nothing_is_answered_at_once(disk: Disk) -> None:
+    committer = _committer(disk)
+    assert committer.submit([]) == ()
+    assert asyncio.run(committer.store([])) == ()
+    assert disk.groups == []
+
+
 def test_full_queue_refuses_and_takes_nothing(
     disk: Disk, submission: Callable[..., Submission]
 ) -> None:
