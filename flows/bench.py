@@ -29,6 +29,7 @@ from perennial.training.evaluate import Limits
 from perennial.training.examples import Example, write_examples
 from perennial.training.general import load_general
 from perennial.training.grading import Grader
+from perennial.training.job import left_by
 from perennial.training.machine import choose_threads
 from perennial.training.modelfiles import ensure_base_model, load_tokenizer
 from perennial.training.progress import read_progress
@@ -215,7 +216,8 @@ class _Worker:
             assert step.config is not None  # only steps that train have an adapter
             parent = self.train(step.parent) if step.parent else None
             job = {**self.bench.model, "config": step.config.to_json()}
-            job["parent_adapter"] = str(parent) if parent else None
+            if parent:
+                job |= {"parent_adapter": str(parent), **left_by(parent)}
             for name in ("new", "replay", "general"):
                 rows: Sequence[Example] = getattr(step, name)
                 write_examples(work / f"{name}.jsonl", rows)

@@ -29,6 +29,7 @@ from perennial.training.examples import (
     read_judgements,
     read_pairs,
 )
+from perennial.training.job import left_by
 
 
 @flow(name="retrain")
@@ -124,7 +125,7 @@ def train_adapter(
             "pair_rows": str(rows / "pairs.jsonl"),
             "judgement_rows": str(rows / "judgements.jsonl"),
             "dev_rows": str(rows / "dev.jsonl"),
-            **_kept_by(champion),
+            **(left_by(champion.adapter_path) if champion else {}),
             "config": deps.settings.training.overrides,
         }
         _run(deps, "train", job, folder)
@@ -223,15 +224,6 @@ def register_version(
 
 def _folder(deps: Deps, round_: Round) -> Path:
     return deps.settings.home / "rounds" / round_.id
-
-
-def _kept_by(champion: ModelVersion | None) -> Json:
-    """What the round of the parent left beside its adapter for the rounds after it."""
-    if champion is None:
-        return {}
-    beside = champion.adapter_path.parent
-    kept = {"teachers": beside / "teachers", "fast_adapter": beside / "fast"}
-    return {name: str(folder) for name, folder in kept.items() if folder.exists()}
 
 
 def _model(deps: Deps) -> Json:

@@ -19,6 +19,7 @@ from perennial.training.replay import ReplayStore
 from perennial.training.stream import Task
 
 _EVERY_LAYER = 10_000  # more than any model has
+_PLAIN: Mapping[str, Any] = {"recipe": "replay", "mastered": 0.0}  # Any: fields of TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +43,18 @@ ARMS: Mapping[str, Arm] = {
         has_general=False,
         tokens="as-full",
     ),
-    "replay": Arm(says="plain replay of past rounds", has_general=False),
+    "replay": Arm(says="plain replay of past rounds", has_general=False, overrides=_PLAIN),
     "replay-same-tokens": Arm(
         says="plain replay, as many tokens as the full recipe",
         has_general=False,
         tokens="as-full",
+        overrides=_PLAIN,
     ),
     "full": Arm(says="the product's recipe"),
     "no-general": Arm(says="full without general rows", has_general=False),
     "no-replay": Arm(says="full without replay of past rounds", has_replay=False),
+    "no-kd": Arm(says="full, replayed rows without teachers", overrides={"recipe": "anchor"}),
+    "no-rest": Arm(says="full, mastered rows in every epoch", overrides={"mastered": 0.0}),
     "kl-only": Arm(
         says="full, general rows held to the base alone", overrides={"general_blend": 1.0}
     ),

@@ -1,13 +1,14 @@
 """Checkpoints from which a killed run goes on to the same adapter.
 
-A checkpoint holds adapter weights, optimiser moments, the generator's state and the cursor (the
-number of finished steps). The order of batches is not stored: it follows from the seed.
+A checkpoint holds adapter weights, optimiser moments, the generator's state and the cursor: the
+losses of the rows of each finished step. Batches are not stored: they follow from the seed and
+those losses.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors
@@ -25,10 +26,15 @@ _RNG = "rng"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cursor:
-    """Where a run was: finished steps, of which job."""
+    """Where a run of a job was: the losses of each finished step, in the order of its batch."""
 
-    step: int
     job: str
+    losses: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def step(self) -> int:
+        """How many steps are finished."""
+        return len(self.losses)
 
 
 def save(
@@ -49,7 +55,7 @@ def save(
         tensors[_RNG] = torch.get_rng_state()
         copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         safetensors.torch.save_file(copies, inner / _TENSORS)
-        (inner / _STATE).write_text(json.dumps({"step": cursor.step, "job": cursor.job}))
+        (inner / _STATE).write_text(json.dumps(asdict(cursor)))
 
     try:
         artifacts.publish(target, write)
@@ -77,8 +83,8 @@ def restore(
         state = json.loads((found / _STATE).read_text())
         if state["job"] == job:
             _load(found / _TENSORS, weights, optimizer)
-            return Cursor(step=int(state["step"]), job=job)
-    return Cursor(step=0, job=job)
+            return Cursor(job=job, losses=tuple(tuple(step) for step in state["losses"]))
+    return Cursor(job=job)
 
 
 def _load(path: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

@@ -28,7 +28,7 @@ TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
 class TrainConfig:
     """One round's numbers. `to_json`/`from_json` round-trip; `fingerprint` names them."""
 
-    recipe: RecipeName = "anchor"  # the losses: the table in `recipes`
+    recipe: RecipeName = "replay-kd-anchor"  # the losses: the table in `recipes`
     method: Literal["lora", "dora"] = "lora"
     rank: int = 16
     alpha: float = 32.0
@@ -46,8 +46,9 @@ class TrainConfig:
     epochs: int = 8  # passes over the new rows
     batch_tokens: int = 256  # trained tokens of one step
     max_len: int = 512  # a longer row is refused
-    replay_share: float = 0.20  # of all tokens of an epoch
-    general_share: float = 0.10
+    replay_share: float = 0.23  # of all tokens of an epoch
+    general_share: float = 0.06
+    mastered: float = 0.05  # nats a token; a new row under it rests, replay has its tokens; 0: none
     question_dropout: float = 0.0  # chance that a token of a question is masked
     kl_weight: float = 3.0  # of general rows beside cross-entropy
     general_blend: float = 0.5  # the base's part of a general row's target; its text has the rest
@@ -72,7 +73,7 @@ class TrainConfig:
         for name in ("warmup_share", "final_lr_share", "shrink", "general_blend"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         unbounded = ("weight_decay", "kl_weight", "kl_budget", "seed", "rebuild_every", "cache_mb")
-        for name in (*unbounded, "preference_weight", "dpo_sft_weight"):
+        for name in (*unbounded, "mastered", "preference_weight", "dpo_sft_weight"):
             self._require(name, getattr(self, name) >= 0, "zero or more")
         for name in ("replay_share", "general_share", "question_dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")

@@ -116,6 +116,12 @@ def read_eval_job(path: Path) -> EvalJob:
     )
 
 
+def left_by(adapter: Path) -> dict[str, str]:
+    """What the round of an adapter left beside it, as fields of the next round's job."""
+    beside = {"teachers": adapter.parent / "teachers", "fast_adapter": adapter.parent / "fast"}
+    return {name: str(folder) for name, folder in beside.items() if folder.exists()}
+
+
 _EVAL_OPTIONAL = ("cache_dir", "num_threads", "max_new_tokens", "kl_suites")
 _ROWS = ("train_rows", "replay_rows", "general_rows", "pair_rows", "judgement_rows", "dev_rows")
 _TRAIN_OPTIONAL = (

@@ -13,27 +13,30 @@ from torch.nn import functional
 
 from perennial.training.config import TrainConfig
 from perennial.training.loss import TopK
+from perennial.training.mix import steps
 from perennial.training.objective import GENERAL, REPLAY, Sources
 from perennial.training.recipes import RECIPES
 from perennial.training.tokens import TokenRow
-from perennial.training.trainer import learning_rate, plan
+from perennial.training.trainer import learning_rate, mix_of
 
 
 def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[float]:  # Any: peft
     """The loss of each step; `model` holds the trained adapter afterwards."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
-    batches = plan(sources, config)
-    losses = []
-    for step, batch in enumerate(batches, start=1):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches), config)
+    losses: list[float] = []
+    seen: list[list[float]] = []
+    for planned in steps(mix_of(sources, config), seen):
+        optimizer.param_groups[0]["lr"] = learning_rate(planned, config)
         labelled, distilled = [], []
-        for pick in batch:
+        seen.append([])
+        for pick in planned.batch:
             row = sources.parts[pick.source][pick.index]
             assert isinstance(row, TokenRow)
             if pick.source == GENERAL:
                 anchor, blend = kl_to_base(model, row, config.kl_top_k), config.general_blend
                 distilled.append(blend * anchor + (1 - blend) * completion_losses(model, row))
+                seen[-1].append(distilled[-1].mean().item())
                 continue
             blend = RECIPES[config.recipe].replay_blend or 0.0
             teacher = sources.teachers.get(row.id) if pick.source == REPLAY else None
@@ -41,6 +44,7 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
             if blend and teacher is not None:
                 of_row = (1 - blend) * of_row + blend * kl(model, row, teacher)
             labelled.append(of_row)
+            seen[-1].append(of_row.mean().item())
         loss = torch.zeros(())
         if labelled:
             loss = loss + torch.cat(labelled).mean()

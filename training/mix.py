@@ -1,11 +1,13 @@
 """In which order new, replayed and general rows are seen, with pairs and judgements among them.
 
-Shares are of tokens, not rows: a long answer counts for what it costs. Everything follows from the
-seed, so a run that was killed finds the same batches. What a batch looks like inside is `batching`.
+Shares are of tokens, not rows: a long answer counts for what it costs. New rows that are mastered
+rest, and replay has their tokens. Everything follows from the seed and from the losses that the run
+has seen, so one that was killed finds the same batches. What a batch looks like inside is
+`batching`.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from perennial.infra.errors import InputError
@@ -28,23 +30,69 @@ class Pick:
     index: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sight:
+    """How often a row was seen in this run; in which epoch last, and its loss then.
+
+    num_mastered: how often in succession that loss was under `Mix.mastered`.
+    """
+
+    num: int = 0
+    epoch: int = 0
+    loss: float = 0.0
+    num_mastered: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mix:
+    """All that is fixed before a run, by source: tokens of each row, wanted tokens of an epoch.
+
+    orders_S: the rows that can be drawn, in the order in which they are seen first. mastered: a new
+    row whose loss, in nats a token, is under it rests.
+    """
+
+    sizes_S: tuple[tuple[int, ...], ...]
+    wanted_S: tuple[float, ...]
+    orders_S: tuple[tuple[int, ...], ...]
+    epochs: int
+    batch_tokens: int
+    mastered: float
+    seed: int
+
+    @property
+    def drawable(self) -> frozenset[Pick]:
+        """Every row that the run may see."""
+        parts = enumerate(self.orders_S)
+        return frozenset(Pick(source=source, index=i) for source, part in parts for i in part)
+
+
 Batch = tuple[Pick, ...]
-_REPLAY, _GENERAL = 1, 2
+Seen = Mapping[Pick, Sight]
+_NEW, _REPLAY, _GENERAL = range(3)
 
 
-def plan_batches(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """The next step, counted from 1; num_steps is exact in the last epoch, and close before."""
+
+    step: int
+    num_steps: int
+    batch: Batch
+
+
+def make_mix(
     sizes: Sequence[Sequence[int]],
     shares: Shares,
     *,
     epochs: int,
     batch_tokens: int,
+    mastered: float,
     seed: int,
-) -> tuple[Batch, ...]:
-    """All batches of a run; more epochs begin with the batches of fewer.
+) -> Mix:
+    """What a run may see: all that is new, and as much of the rest as its tokens allow.
 
-    Each new row, pair and judgement is seen once an epoch. Replay and general rows are drawn
-    without repetition until all were seen, then again. A source without rows gives its share to the
-    others.
+    A source without rows gives its share to the others. Without replay no row rests: nothing would
+    take its tokens.
 
     Args:
         sizes: positive tokens of each row of the sources, in the order of `Pick.source`; a pair and
@@ -52,6 +100,7 @@ def plan_batches(
         shares: of replay and general rows.
         epochs: passes over the new rows.
         batch_tokens: what a batch holds at most, unless one row has more.
+        mastered: 0 for no rest.
         seed: equal for equal batches.
 
     Raises:
@@ -59,40 +108,90 @@ def plan_batches(
     """
     if not any(part for source, part in enumerate(sizes) if source not in (_REPLAY, _GENERAL)):
         raise InputError("there is no new row to train on")
-    source = random.Random(seed)
     wanted = _wanted_tokens(sizes, shares)
-    decks = [_Deck(part, source) for part in sizes]
-    batches: list[Batch] = []
-    for _ in range(epochs):
-        drawn = [deck.draw(num) for deck, num in zip(decks, wanted, strict=True)]
-        order = _interleave(drawn, sizes)
-        lengths = [sizes[pick.source][pick.index] for pick in order]
-        batches += [tuple(order[i] for i in span) for span in cut(lengths, batch_tokens)]
-    return tuple(batches)
+    mastered = mastered if wanted[_REPLAY] else 0.0
+    most = [epochs * tokens for tokens in wanted]
+    most[_REPLAY] += most[_NEW] if mastered else 0.0
+    source = random.Random(seed)
+    orders = [source.sample(range(len(part)), len(part)) for part in sizes]
+    for which in (_REPLAY, _GENERAL):
+        orders[which] = _draw(orders[which], sizes[which], most[which])
+    return Mix(
+        sizes_S=tuple(tuple(part) for part in sizes),
+        wanted_S=tuple(wanted),
+        orders_S=tuple(tuple(order) for order in orders),
+        epochs=epochs,
+        batch_tokens=batch_tokens,
+        mastered=mastered,
+        seed=seed,
+    )
 
 
-class _Deck:
-    """Rows of one source in seeded order, dealt again when all were dealt."""
+def steps(mix: Mix, losses: Sequence[Sequence[float]]) -> Iterator[Planned]:
+    """The steps that follow those whose losses are given, one loss for each row of a batch.
 
-    def __init__(self, sizes: Sequence[int], source: random.Random) -> None:
-        self._sizes = sizes
-        self._source = source
-        self._left: list[int] = []
+    The caller adds the losses of a step before it takes the next: they decide what comes later.
+    """
+    seen: dict[Pick, Sight] = {}
+    step = 0
+    for epoch in range(mix.epochs):
+        batches = epoch_batches(mix, seen, epoch)
+        num_steps = step + (mix.epochs - epoch) * len(batches)
+        for batch in batches:
+            step += 1
+            if step > len(losses):
+                yield Planned(step=step, num_steps=num_steps, batch=batch)
+            for pick, loss in zip(batch, losses[step - 1], strict=True):
+                seen[pick] = _seen_again(seen.get(pick, Sight()), epoch, loss, mix.mastered)
 
-    def draw(self, num_tokens: float) -> list[int]:
-        """Rows of about `num_tokens` in all: the last is taken if half of it fits."""
-        drawn: list[int] = []
-        filled = 0.0
-        while self._sizes:
-            if not self._left:
-                self._left = list(range(len(self._sizes)))
-                self._source.shuffle(self._left)
-            size = self._sizes[self._left[-1]]
-            if filled + size / 2 > num_tokens:
-                break
-            drawn.append(self._left.pop())
-            filled += size
-        return drawn
+
+def epoch_batches(mix: Mix, seen: Seen, epoch: int) -> tuple[Batch, ...]:
+    """The batches of one epoch; all epochs have about the same tokens.
+
+    New rows that do not rest, pairs and judgements are seen once. Replay has its share and the
+    tokens of those that rest: rows that were not seen yet come first, then those with the highest
+    loss. General rows take turns. No row is seen twice.
+    """
+    random_ = random.Random(f"{mix.seed} {epoch}")
+    drawn: list[list[int]] = []
+    num_rested = 0
+    for source, (order, sizes) in enumerate(zip(mix.orders_S, mix.sizes_S, strict=True)):
+        sights = {i: seen.get(Pick(source=source, index=i), Sight()) for i in order}
+        if source == _REPLAY:
+            first = sorted(order, key=lambda i: (sights[i].num > 0, -sights[i].loss))
+            drawn.append(_draw(first, sizes, mix.wanted_S[source] + num_rested))
+        elif source == _GENERAL:
+            first = sorted(order, key=lambda i: sights[i].num)
+            drawn.append(_draw(first, sizes, mix.wanted_S[source]))
+        else:
+            awake = [i for i in order if source != _NEW or not _rests(sights[i], epoch)]
+            num_rested += sum(sizes) - sum(sizes[i] for i in awake)
+            drawn.append(random_.sample(awake, len(awake)))
+    picks = _interleave(drawn, mix.sizes_S)
+    lengths = [mix.sizes_S[pick.source][pick.index] for pick in picks]
+    return tuple(tuple(picks[i] for i in span) for span in cut(lengths, mix.batch_tokens))
+
+
+def _rests(sight: Sight, epoch: int) -> bool:
+    """True for one epoch after a row was mastered, for two after it was so again, and so on."""
+    return epoch - sight.epoch <= sight.num_mastered and sight.num_mastered > 0
+
+
+def _seen_again(before: Sight, epoch: int, loss: float, mastered: float) -> Sight:
+    num_mastered = before.num_mastered + 1 if loss < mastered else 0
+    return Sight(num=before.num + 1, epoch=epoch, loss=loss, num_mastered=num_mastered)
+
+
+def _draw(order: Sequence[int], sizes: Sequence[int], num_tokens: float) -> list[int]:
+    """The first rows, of about `num_tokens` in all: the last is taken if half of it fits."""
+    drawn: list[int] = []
+    filled = 0.0
+    for index in order:
+        if filled + sizes[index] / 2 > num_tokens:
+            break
+        drawn.append(index)
+        filled += sizes[index]
+    return drawn
 
 
 def _wanted_tokens(sizes: Sequence[Sequence[int]], shares: Shares) -> list[float]:

@@ -192,6 +192,15 @@ def batch_loss(
     )
 
 
+def unit_losses(prepared: Prepared, batch: Batch, found: BatchLoss) -> tuple[float, ...]:
+    """The mean loss of each unit of a batch, over its rows."""
+    losses = []
+    for pick in batch:
+        rows = rows_of(_unit(prepared, pick))
+        losses.append(sum(found.row_losses[row.id] for row in rows) / len(rows))
+    return tuple(losses)
+
+
 def add(parts: Sequence[BatchLoss]) -> BatchLoss:
     """The whole batch from its parts."""
     return BatchLoss(

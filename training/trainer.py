@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from perennial.training import checkpoint, lora, objective
 from perennial.training.checkpoint import Cursor
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
-from perennial.training.mix import Batch, Shares, plan_batches
+from perennial.training.mix import Batch, Mix, Planned, Shares, make_mix, steps
 from perennial.training.objective import BatchLoss, Prepared, Sources, TrunkOf
 from perennial.training.progress import StepRecord
 from perennial.training.recipes import RECIPES
@@ -48,11 +47,15 @@ class Trained:
     kl_to_base: float | None = None
     stopped_because: str | None = None
 
-    def after(self, found: BatchLoss, num_parts: int) -> "Trained":
+    def after(self, found: BatchLoss, step: int, num_parts: int) -> "Trained":
         """With one more step."""
-        num_tokens = self.num_tokens + found.num_tokens
-        loss = found.total.item()
-        return replace(self, num_tokens=num_tokens, last_loss=loss, num_parts=num_parts)
+        return replace(
+            self,
+            num_steps=step,
+            num_tokens=self.num_tokens + found.num_tokens,
+            last_loss=found.total.item(),
+            num_parts=num_parts,
+        )
 
 
 def train(
@@ -71,39 +74,42 @@ def train(
         TrainingError: the loss is not finite or diverges, or one row alone does not fit in memory.
         UnavailableError: a checkpoint cannot be written; the ones before it are whole.
     """
-    batches = plan(sources, config)
-    prepared = objective.prepare(model, sources, config, trunk_of, set(chain(*batches)))
+    mix = mix_of(sources, config)
+    prepared = objective.prepare(model, sources, config, trunk_of, mix.drawable)
     weights = lora.trainable(model)
     optimizer = make_optimizer(weights, config)
     cursor = checkpoint.restore(checkpoints, job, weights, optimizer)
-    trained = Trained(num_steps=len(batches), resumed_from=cursor.step)
+    trained = Trained(num_steps=cursor.step, resumed_from=cursor.step)
     started, losses, kls = time.monotonic(), list[float](), list[float]()
-    for step, batch in enumerate(batches[cursor.step :], start=cursor.step + 1):
-        lr = set_rate(optimizer, learning_rate(step, len(batches), config))
-        found, num_parts = gradients(prepared, batch, config, step, optimizer, trained.num_parts)
+    seen = list(cursor.losses)
+    for planned in steps(mix, seen):
+        lr = set_rate(optimizer, learning_rate(planned, config))
+        found, num_parts = gradients(prepared, planned, config, optimizer, trained.num_parts)
         norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), config.max_grad_norm)
         losses.append(found.total.item())
-        check_loss(losses, float(norm), found, step, model.config.vocab_size)
+        check_loss(losses, float(norm), found, planned.step, model.config.vocab_size)
         optimizer.step()
+        seen.append(objective.unit_losses(prepared, planned.batch, found))
         kls += [found.kl] if found.kl is not None else []
-        trained = trained.after(found, num_parts)
-        on_step(_record(step, len(batches), found, lr, float(norm), time.monotonic() - started))
-        if step % config.checkpoint_steps and step < len(batches):
+        trained = trained.after(found, planned.step, num_parts)
+        on_step(_record(planned, found, lr, float(norm), time.monotonic() - started))
+        is_last = planned.step == planned.num_steps
+        if planned.step % config.checkpoint_steps and not is_last:
             continue
         trained = replace(trained, kl_to_base=sum(kls) / len(kls) if kls else None)
         if config.kl_budget and (trained.kl_to_base or 0) > config.kl_budget:
             good = checkpoint.restore(checkpoints, job, weights, optimizer)
-            return stopped_by_budget(trained, good, step, config.kl_budget)
-        if step < len(batches):
-            checkpoint.save(checkpoints, Cursor(step=step, job=job), weights, optimizer)
+            return stopped_by_budget(trained, good, planned.step, config.kl_budget)
+        if not is_last:
+            checkpoint.save(checkpoints, Cursor(job=job, losses=tuple(seen)), weights, optimizer)
         kls = []
     return trained
 
 
-def plan(sources: Sources, config: TrainConfig) -> tuple[Batch, ...]:
-    """The batches of the run, from the seed alone; a source outside the recipe has no share."""
+def mix_of(sources: Sources, config: TrainConfig) -> Mix:
+    """What the run may see; a source outside the recipe has no share."""
     recipe = RECIPES[config.recipe]
-    return plan_batches(
+    return make_mix(
         [[unit.num_tokens for unit in part] for part in sources.parts],
         Shares(
             replay=0.0 if recipe.replay_blend is None else config.replay_share,
@@ -111,6 +117,7 @@ def plan(sources: Sources, config: TrainConfig) -> tuple[Batch, ...]:
         ),
         epochs=config.epochs,
         batch_tokens=config.batch_tokens,
+        mastered=config.mastered,
         seed=config.seed,
     )
 
@@ -133,21 +140,20 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
     return lr
 
 
-def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a half cosine down to `final_lr_share`; `step` counts from 1."""
-    warmup = max(1, round(config.warmup_share * num_steps))
-    if step <= warmup:
-        return config.lr * step / warmup
-    done = (step - warmup) / max(1, num_steps - warmup)
+def learning_rate(planned: Planned, config: TrainConfig) -> float:
+    """Linear warm-up, then a half cosine down to `final_lr_share`."""
+    warmup = max(1, round(config.warmup_share * planned.num_steps))
+    if planned.step <= warmup:
+        return config.lr * planned.step / warmup
+    done = (planned.step - warmup) / max(1, planned.num_steps - warmup)
     share = config.final_lr_share
     return config.lr * (share + (1 - share) * (1 + math.cos(math.pi * done)) / 2)
 
 
 def gradients(
     prepared: Prepared,
-    batch: Batch,
+    planned: Planned,
     config: TrainConfig,
-    step: int,
     optimizer: torch.optim.Optimizer,
     num_parts: int,
 ) -> tuple[BatchLoss, int]:
@@ -158,6 +164,7 @@ def gradients(
     Raises:
         TrainingError: a part of one row, pair or group of judged answers does not fit.
     """
+    step, batch = planned.step, planned.batch
     over = objective.sums(prepared, batch, config)
     while True:
         optimizer.zero_grad(set_to_none=True)
@@ -231,11 +238,11 @@ def _badness(loss: float) -> float:
 
 
 def _record(
-    step: int, num_steps: int, found: BatchLoss, lr: float, norm: float, elapsed_s: float
+    planned: Planned, found: BatchLoss, lr: float, norm: float, elapsed_s: float
 ) -> StepRecord:
     return StepRecord(
-        step=step,
-        num_steps=num_steps,
+        step=planned.step,
+        num_steps=planned.num_steps,
         loss=found.total.item(),
         cross_entropy=found.cross_entropy,
         kl=found.kl,

@@ -31,6 +31,7 @@ class InProcess:
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.calls: list[str] = []
+        self.num_taught: list[int] = []
         self._stop_at = stop_at
 
     def __call__(
@@ -46,6 +47,8 @@ class InProcess:
         self.calls.append(command)
         on_line(f"{command} begins")
         assert run.main([command, str(job), str(out)]) == 0
+        if command == "train":
+            self.num_taught.append(json.loads((out / "summary.json").read_bytes())["num_taught"])
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -180,6 +183,14 @@ def test_another_arm_trains_only_what_is_missing(inputs: Path, tmp_path: Path) -
 
     # Its first round is that of `full`: trained again for its adapter, not examined again.
     assert added.calls == ["train", "train", "evaluate"]
+
+
+def test_replayed_rows_have_the_teachers_of_their_round(inputs: Path, tmp_path: Path) -> None:
+    execute = InProcess()
+    bench(inputs, tmp_path, execute, arms=("full", "no-kd"))
+
+    # Three of the four rows of the first round are not overridden by the second.
+    assert execute.num_taught == [0, 3, 0, 0]
 
 
 def test_both_orders_and_seeds_are_runs_of_an_arm(inputs: Path, tmp_path: Path) -> None:

@@ -1,25 +1,51 @@
+from collections.abc import Callable, Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from perennial.infra.errors import InputError
-from perennial.training.mix import Batch, Shares, plan_batches
+from perennial.training.mix import Batch, Mix, Pick, Shares, make_mix, steps
 
 SIZES = ([40] * 30, [60] * 20, [25] * 40)
+WITH_PAIRS = (*SIZES, [90] * 10, [30] * 24)
+SHARES = Shares(replay=0.25, general=0.2)
 
 
-def planned(**fields: object) -> tuple[Batch, ...]:
-    given: dict[str, object] = {"epochs": 4, "batch_tokens": 400, "seed": 0}
-    return plan_batches(SIZES, Shares(replay=0.25, general=0.2), **{**given, **fields})  # type: ignore[arg-type]  # test
+def mix(sizes: Sequence[Sequence[int]] = SIZES, shares: Shares = SHARES, **fields: object) -> Mix:
+    given: dict[str, object] = {"epochs": 4, "batch_tokens": 400, "mastered": 0.05, "seed": 0}
+    return make_mix(sizes, shares, **{**given, **fields})  # type: ignore[arg-type]  # test
 
 
-def tokens(batches: tuple[Batch, ...], source: int) -> int:
-    picks = [pick for batch in batches for pick in batch if pick.source == source]
-    return sum(SIZES[source][pick.index] for pick in picks)
+def planned(of: Mix, loss: Callable[[Pick, int], float] = lambda _, __: 1.0) -> list[Batch]:
+    """The batches of a run in which a row has `loss` when it is seen for the n-th time."""
+    losses: list[list[float]] = []
+    num: dict[Pick, int] = {}
+    batches = []
+    for step in steps(of, losses):
+        batches.append(step.batch)
+        for pick in step.batch:
+            num[pick] = num.get(pick, 0) + 1
+        losses.append([loss(pick, num[pick]) for pick in step.batch])
+    return batches
+
+
+def picks(batches: Sequence[Batch], source: int) -> list[int]:
+    return [pick.index for batch in batches for pick in batch if pick.source == source]
+
+
+def tokens(
+    batches: Sequence[Batch], source: int, sizes: Sequence[Sequence[int]] = SIZES
+) -> int:  # fmt: skip
+    return sum(sizes[source][index] for index in picks(batches, source))
+
+
+def learned_at_third_sight(pick: Pick, num: int) -> float:
+    return 0.01 if pick.source == 0 and num >= 3 else 1.0
 
 
 def test_shares_are_of_tokens() -> None:
-    batches = planned()
+    batches = planned(mix())
     total = sum(tokens(batches, source) for source in range(3))
     assert tokens(batches, 0) == 4 * 1200
     assert tokens(batches, 1) / total == pytest.approx(0.25, abs=0.01)
@@ -27,28 +53,72 @@ def test_shares_are_of_tokens() -> None:
 
 
 def test_every_batch_mixes_the_sources() -> None:
-    full = [batch for batch in planned() if len(batch) > 6]
+    full = [batch for batch in planned(mix()) if len(batch) > 6]
     assert all({pick.source for pick in batch} == {0, 1, 2} for batch in full)
 
 
 def test_the_order_follows_from_the_seed() -> None:
-    assert planned() == planned()
-    assert planned() != planned(seed=1)
+    assert planned(mix()) == planned(mix())
+    assert planned(mix()) != planned(mix(seed=1))
 
 
 def test_replayed_rows_repeat_only_after_all_were_seen() -> None:
-    seen = [pick.index for batch in planned() for pick in batch if pick.source == 1]
-    assert sorted(seen[:20]) == list(range(20))
+    assert sorted(picks(planned(mix()), 1)[:20]) == list(range(20))
+    assert sorted(picks(planned(mix()), 2)[:40]) == list(range(40))
+
+
+def test_no_row_is_seen_twice_in_an_epoch() -> None:
+    batches = planned(mix(sizes=([40] * 30, [60], [25]), epochs=3))
+    assert picks(batches, 1) == [0] * 3
+    assert picks(batches, 2) == [0] * 3
+
+
+def test_then_those_with_the_highest_loss_are_seen_again() -> None:
+    late = picks(planned(mix(epochs=9), lambda pick, _: 1.0 + pick.index), 1)
+    assert late[-9:] == [*range(19, 10, -1)]
+
+
+def test_a_mastered_row_rests_and_replay_has_its_tokens() -> None:
+    sizes = (SIZES[0], [60] * 40, SIZES[2])
+    of = mix(sizes=sizes, epochs=5)
+    usual, rested = planned(of), planned(of, learned_at_third_sight)
+    assert len(picks(rested, 0)) == 4 * 30
+    assert tokens(rested, 1, sizes) == tokens(usual, 1, sizes) + 1200 == 5 * 540 + 1200
+    assert tokens(rested, 2) == tokens(usual, 2)
+
+
+def test_a_row_that_stays_mastered_rests_longer_each_time() -> None:
+    rested = planned(mix(epochs=10), learned_at_third_sight)
+    # Seen in epochs 0, 1, 2, then in 4 and in 7.
+    assert picks(rested, 0).count(0) == 5
+
+
+def test_a_row_that_was_forgotten_is_seen_in_every_epoch_again() -> None:
+    batches = planned(mix(epochs=6), lambda _, num: 0.01 if num == 2 else 1.0)
+    assert picks(batches, 0).count(0) == 5
+
+
+def test_nothing_rests_without_replay_or_at_a_threshold_of_zero() -> None:
+    for of in (mix(sizes=(SIZES[0], [], SIZES[2])), mix(mastered=0.0)):
+        assert tokens(planned(of, lambda _, __: 0.0), 0) == 4 * 1200
+
+
+def test_pairs_and_judgements_never_rest() -> None:
+    batches = planned(mix(sizes=WITH_PAIRS), lambda _, __: 0.0)
+    assert tokens(batches, 3, WITH_PAIRS) == 4 * 900
+    assert tokens(batches, 4, WITH_PAIRS) == 4 * 720
+
+
+def test_only_drawable_rows_are_drawn() -> None:
+    of = mix(sizes=(SIZES[0], [60] * 400, [25] * 4000))
+    drawn = {pick for batch in planned(of, learned_at_third_sight) for pick in batch}
+    assert drawn <= of.drawable
+    assert sum(pick.source == 1 for pick in of.drawable) <= 4 * (546 + 1200) / 60 + 1
+    assert sum(pick.source == 2 for pick in of.drawable) <= 4 * 437 / 25 + 1
 
 
 def test_without_replay_its_share_goes_to_the_others() -> None:
-    batches = plan_batches(
-        (SIZES[0], [], SIZES[2]),
-        Shares(replay=0.25, general=0.2),
-        epochs=2,
-        batch_tokens=400,
-        seed=0,
-    )
+    batches = planned(mix(sizes=(SIZES[0], [], SIZES[2]), epochs=2))
     total = tokens(batches, 0) + tokens(batches, 2)
     assert tokens(batches, 2) / total == pytest.approx(0.2, abs=0.02)
 
@@ -57,42 +127,42 @@ def test_without_replay_its_share_goes_to_the_others() -> None:
 def test_no_batch_is_over_budget_and_each_new_row_is_seen_once(
     sizes: list[int], budget: int
 ) -> None:
-    shares = Shares(replay=0, general=0)
-    batches = plan_batches((sizes, [], []), shares, epochs=1, batch_tokens=budget, seed=0)
+    nothing = Shares(replay=0, general=0)
+    batches = planned(mix(sizes=(sizes, [], []), shares=nothing, epochs=1, batch_tokens=budget))
     assert sorted(pick.index for batch in batches for pick in batch) == list(range(len(sizes)))
     assert all(len(b) == 1 or sum(sizes[p.index] for p in b) <= budget for b in batches)
 
 
 def test_nothing_new_is_refused() -> None:
     with pytest.raises(InputError, match="no new row"):
-        plan_batches(([], [3], []), Shares(replay=0.2, general=0), epochs=1, batch_tokens=9, seed=0)
-
-
-WITH_PAIRS = (*SIZES, [90] * 10, [30] * 24)
-
-
-def with_pairs(**fields: object) -> tuple[Batch, ...]:
-    given: dict[str, object] = {"epochs": 3, "batch_tokens": 400, "seed": 0}
-    return plan_batches(WITH_PAIRS, Shares(replay=0.25, general=0.2), **{**given, **fields})  # type: ignore[arg-type]  # test
+        mix(sizes=([], [3], []))
 
 
 def test_pairs_and_judgements_are_new_rows_too() -> None:
-    picks = [pick for batch in with_pairs() for pick in batch]
-    spent = [sum(WITH_PAIRS[p.source][p.index] for p in picks if p.source == s) for s in range(5)]
+    batches = planned(mix(sizes=WITH_PAIRS, epochs=3))
+    spent = [tokens(batches, source, WITH_PAIRS) for source in range(5)]
     assert [spent[source] for source in (0, 3, 4)] == [3 * 1200, 3 * 900, 3 * 720]
-    assert spent[1] / sum(spent) == pytest.approx(0.25, abs=0.01)
-    assert spent[2] / sum(spent) == pytest.approx(0.20, abs=0.01)
+    assert spent[1] == 3 * 20 * 60  # each row once an epoch: less than its share
+    assert spent[2] == 3 * 40 * 25
 
 
 def test_a_round_of_judgements_alone_can_be_planned() -> None:
     shares = Shares(replay=0.2, general=0.2)
-    batches = plan_batches(
-        ([], [], [9] * 4, [], [9] * 20), shares, epochs=1, batch_tokens=90, seed=0
-    )
-    assert sorted(p.index for b in batches for p in b if p.source == 4) == list(range(20))
+    of = mix(sizes=([], [], [9] * 4, [], [9] * 20), shares=shares, epochs=1, batch_tokens=90)
+    assert sorted(picks(planned(of), 4)) == list(range(20))
 
 
-@given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 4))
-def test_a_run_that_goes_on_finds_the_batches_it_left(seed: int, done: int, more: int) -> None:
-    short, long = with_pairs(epochs=done, seed=seed), with_pairs(epochs=done + more, seed=seed)
-    assert long[: len(short)] == short
+@given(st.integers(0, 3), st.integers(0, 60))
+def test_a_run_that_goes_on_finds_the_batches_it_left(seed: int, done: int) -> None:
+    def loss(pick: Pick) -> float:
+        return ((pick.index * 7 + pick.source) % 5) / 40
+
+    of = mix(sizes=WITH_PAIRS, seed=seed)
+    whole = planned(of, lambda pick, _: loss(pick))
+    losses = [[loss(pick) for pick in batch] for batch in whole]
+    later = []
+    for step in steps(of, known := losses[:done]):
+        assert step.step == len(known) + 1
+        later.append(step.batch)
+        known.append(losses[len(known)])
+    assert later == whole[done:]

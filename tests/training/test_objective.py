@@ -17,11 +17,11 @@ from perennial.training.compile import ClassWeights
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Judgement, Label, Pair
 from perennial.training.loss import Targets, TopK, dpo, head_losses, kto, plain_losses
-from perennial.training.mix import Batch, Pick
+from perennial.training.mix import Batch, Pick, epoch_batches
 from perennial.training.objective import GENERAL, JUDGEMENTS, NEW, PAIRS, REPLAY, Sources
 from perennial.training.recipes import encode_judged, encode_pair
 from perennial.training.tokens import TokenRow, encode_example
-from perennial.training.trainer import halved, plan
+from perennial.training.trainer import halved, mix_of
 from perennial.training.trunk import Kernels, SplitModel
 from tests.training.builders import example, tiny_model, tiny_tokenizer
 
@@ -240,10 +240,14 @@ def whole_round(config: TrainConfig) -> Sources:
     )
 
 
+def first_batches(sources: Sources, config: TrainConfig) -> tuple[Batch, ...]:
+    return epoch_batches(mix_of(sources, config), {}, 0)
+
+
 def losses_of(model: Any, config: TrainConfig) -> list[Any]:
     prepared = objective.prepare(model, whole_round(config), config)
     found = []
-    for step, batch in enumerate(plan(prepared.sources, config)[:4]):
+    for step, batch in enumerate(first_batches(prepared.sources, config)[:4]):
         over = objective.sums(prepared, batch, config)
         found.append(objective.batch_loss(prepared, batch, over, config, step))
     return found
@@ -297,7 +301,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(kernels: Kernels) -> None:
     config = with_fields(recipe="replay-kd-anchor", kernels=kernels)
     model = adapted(config)
     prepared = objective.prepare(model, whole_round(config), config)
-    batch = plan(prepared.sources, config)[0]
+    batch = first_batches(prepared.sources, config)[0]
     over = objective.sums(prepared, batch, config)
     whole = objective.batch_loss(prepared, batch, over, config, 3)
     parts = [objective.batch_loss(prepared, part, over, config, 3) for part in halved(batch, 3)]
@@ -342,8 +346,8 @@ def test_dora_and_other_models_run_through_their_modules() -> None:
     ],
 )
 def test_a_recipe_draws_its_own_sources(recipe: Any, drawn: set[int]) -> None:
-    batches = plan(whole_round(CONFIG), with_fields(recipe=recipe, epochs=3))
-    assert {pick.source for batch in batches for pick in batch} == {NEW, PAIRS, JUDGEMENTS} | drawn
+    mix = mix_of(whole_round(CONFIG), with_fields(recipe=recipe, epochs=3))
+    assert {pick.source for pick in mix.drawable} == {NEW, PAIRS, JUDGEMENTS} | drawn
 
 
 def test_a_replayed_row_is_half_its_label_and_half_its_teacher() -> None:

@@ -18,6 +18,7 @@ from perennial.infra.errors import TrainingError
 from perennial.training import lora, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
+from perennial.training.mix import Pick, Planned
 from perennial.training.objective import BatchLoss, Sources
 from perennial.training.progress import StepRecord
 from perennial.training.tokens import TokenRow, encode_example
@@ -163,9 +164,10 @@ def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
     prepared = trainer.objective.prepare(model, sources, config)
     broken = trainer.replace(prepared, split=Refusing())
     optimizer = trainer.make_optimizer(lora.trainable(model), config)
-    batch = trainer.plan(sources, config)[0]
+    batch = (Pick(source=0, index=0),)
+    planned = Planned(step=7, num_steps=9, batch=batch)
     with pytest.raises(TrainingError, match="one row at a time") as told:
-        trainer.gradients(broken, batch, config, 7, optimizer, 1)
+        trainer.gradients(broken, planned, config, optimizer, 1)
     assert told.value.fields["step"] == 7
 
 

@@ -12,6 +12,7 @@ import torch
 
 from perennial.infra import artifacts
 from perennial.training import lora
+from perennial.training.examples import write_examples
 from perennial.training.progress import read_progress
 from tests.training.builders import example, write_job
 
@@ -50,8 +51,13 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return dict(safetensors.torch.load_file(out / "adapter" / lora.WEIGHTS))
 
 
-def test_a_killed_run_goes_on_to_the_same_adapter(tmp_path: Path) -> None:
-    job = write_job(tmp_path)
+@pytest.mark.parametrize("mastered", [0.0, 4.0])
+def test_a_killed_run_goes_on_to_the_same_adapter(tmp_path: Path, mastered: float) -> None:
+    """Also when the losses it has seen decide what comes next."""
+    write_examples(tmp_path / "replay.jsonl", [example(i, "replay") for i in range(50, 70)])
+    config = {"rank": 4, "epochs": 6, "batch_tokens": 100, "lr": 5e-3, "checkpoint_steps": 3}
+    config |= {"mastered": mastered}
+    job = write_job(tmp_path, replay_rows="replay.jsonl", config=config)
     code, told, said = run(job, tmp_path / "whole")
     assert code == 0, said
     assert "loss" in told
