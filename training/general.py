@@ -1,14 +1,14 @@
 """General rows: what the model could do before, to be kept (replay) or measured (probe).
 
 They come from a file, or the base model writes them itself: this module chooses which of its drafts
-are fit, what makes it write them is left to others. The home of `datasets`, which reads the formats
+are fit, `drafting` has it write them. The home of `datasets`, which reads the formats
 that people have such rows in.
 """
 
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perennial.infra.artifacts import write_atomic
@@ -55,7 +55,8 @@ class Draft:
 
     prompt: str
     answer: str
-    has_ended: bool  # the model ended the answer itself, it was not cut off
+    has_ended: bool  # the model ended question and answer itself, neither was cut off
+    num_tokens: int
 
 
 def fit_drafts(drafts: Sequence[Draft], num_rows: int) -> tuple[Draft, ...]:
@@ -65,7 +66,7 @@ def fit_drafts(drafts: Sequence[Draft], num_rows: int) -> tuple[Draft, ...]:
     words that were there before), and questions asked before in almost the same words.
     """
     cleaned = [
-        Draft(prompt=clean(draft.prompt), answer=clean(draft.answer), has_ended=True)
+        replace(draft, prompt=clean(draft.prompt), answer=clean(draft.answer))
         for draft in drafts
         if draft.has_ended
     ]

@@ -4,7 +4,7 @@ from perennial.training.general import Draft, fit_drafts, load_general, write_ge
 
 
 def draft(prompt: str, answer: str, *, has_ended: bool = True) -> Draft:
-    return Draft(prompt=prompt, answer=answer, has_ended=has_ended)
+    return Draft(prompt=prompt, answer=answer, has_ended=has_ended, num_tokens=1)
 
 
 def test_drafts_that_teach_nothing_are_left_out() -> None:
