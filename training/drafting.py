@@ -1,9 +1,9 @@
 """Has the base model write general rows: it asks what a user would, and answers that.
 
 A chat template that stops where the user begins to speak makes a model speak as the user (Magpie,
-Xu et al. 2024, arXiv:2406.08464). Questions are sampled, answers are the likeliest. Drafts come in
-batches, each from a seed of its own and kept when it is done, so a killed run goes on to the same
-rows. Which drafts are fit is left to `general`.
+Xu et al. 2024, arXiv:2406.08464). Both turns are sampled: the likeliest answers of a small model go
+round in circles. Drafts come in batches, each from a seed of its own and kept when it is done, so a
+killed run goes on to the same rows. Which drafts are fit is left to `general`.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import InputError
-from perennial.training.evaluate import Choose, Limits, generate_ids, likeliest
+from perennial.training.evaluate import Choose, Limits, generate_ids
 from perennial.training.general import Draft, fit_drafts
 from perennial.training.progress import Meter
 from perennial.training.text import clean, words
@@ -96,7 +96,7 @@ def _draft(model: Any, tokenizer: Any, seed: int) -> Iterator[Draft]:  # Any: tr
     ]
     prompts = [encode_prompt(tokenizer, (("user", questions[index]),)) for index in whole]
     eos = int(tokenizer.eos_token_id)
-    told = generate_ids(model, prompts, _ANSWER, eos, likeliest) if prompts else []
+    told = generate_ids(model, prompts, _ANSWER, eos, choose) if prompts else []
     answers = dict(zip(whole, told, strict=True))
     for index, ids in enumerate(asked):
         answer = answers.get(index, [])

@@ -184,7 +184,8 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     body = {"general": f"{key}/general.jsonl", "num_rows": job.num_rows, "seed": job.seed}
     artifacts.write_atomic(out / "summary.json", json.dumps(body, indent=1).encode())
     wall_s = time.monotonic() - started
-    console.print(f"drafts {out / key} · {wall_s:.0f} s · peak {peak_rss_mb():.0f} MB")
+    told = f"drafts {out / key} · {wall_s:.0f} s · peak {peak_rss_mb():.0f} MB"
+    console.print(told, highlight=False, soft_wrap=True)
 
 
 def _choose_threads_once(path: Path, wanted: int | None) -> None:
