@@ -7,7 +7,7 @@ candidate goes live. `diff.md` says what changed.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from perennial.flows.detect import cutoff
 from perennial.flows.mapping import to_feedback_rows, to_limits
 from perennial.flows.wiring import Deps
 from perennial.infra.artifacts import Manifest, publish
+from perennial.infra.settings import Settings
 from perennial.registry.rounds import Round
 from perennial.registry.versions import ModelVersion
 from perennial.training.compile import Compiled, compile_feedback
@@ -36,7 +37,7 @@ from perennial.training.text import fit_tfidf
 
 _NUM_REPLAYED_JUDGED = 45
 
-Row = dict[str, Any]  # Any: a suite row as JSON
+Json = dict[str, Any]  # Any: JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,14 +67,33 @@ class Curated:
         return sum(map(len, made)) - sum(map(len, used))
 
 
-def curate(deps: Deps, round_: Round, champion: ModelVersion | None, folder: Path) -> Manifest:
-    """`folder` with the rows of the round; what came after it was opened is left to the next."""
+def curate(
+    deps: Deps, round_: Round, champion: ModelVersion | None, general: Path, folder: Path
+) -> Manifest:
+    """`folder` with the rows of the round; what came after it was opened is left to the next.
+
+    `general` is the file with the general rows to train on.
+    """
     deps.feedback.horizon()
     since = cutoff(deps, champion)
     judged = deps.feedback.feedback_between(round_.task, since, round_.opened_at)
     compiled = compile_feedback(to_feedback_rows(judged), to_limits(deps.settings.training))
     curated = _against_the_past(deps, round_, champion, compiled)
-    return publish(folder, lambda partial: _write(deps, round_, curated, partial))
+    return publish(folder, lambda partial: _write(deps, round_, curated, general, partial))
+
+
+def general_file(settings: Settings, draft: Callable[[Json, Path], None]) -> Path:
+    """The general rows to train on: supplied, packaged, or written by the base model.
+
+    `draft(job, out)` has the process fill `out`, or find there what an earlier one wrote.
+    """
+    training = settings.training
+    if not training.general_drafts:
+        return training.general_file or FOLDER / "general_replay.jsonl"
+    out = settings.home / "drafts"
+    seed = training.overrides.get("seed", 0)
+    draft({"num_rows": training.general_drafts, "seed": seed}, out)
+    return out / str(json.loads((out / "summary.json").read_bytes())["general"])
 
 
 def data_folder(deps: Deps, round_id: str) -> Path:
@@ -135,17 +155,15 @@ def _forgotten(gone: Sequence[Example], new: Sequence[Example]) -> tuple[Forgott
     return tuple(Forgotten(old=old, by=nearest(old)) for old in gone)
 
 
-def _write(deps: Deps, round_: Round, curated: Curated, folder: Path) -> None:
-    settings = deps.settings.training
-    general = load_general(settings.general_file or FOLDER / "general_replay.jsonl")
-    probe = load_general(settings.probe_file or FOLDER / "general_probe.jsonl")
+def _write(deps: Deps, round_: Round, curated: Curated, general: Path, folder: Path) -> None:
+    probe = load_general(deps.settings.training.probe_file or FOLDER / "general_probe.jsonl")
     files: dict[str, Sequence[Example | Pair | Judgement]] = {
         "train": curated.new.train,
         "pairs": curated.pairs,
         "judgements": curated.judgements,
         "replay": curated.replay.rows,
         "dev": curated.dev,
-        "general": [_general(i, *pair) for i, pair in enumerate(general)],
+        "general": [_general(i, *pair) for i, pair in enumerate(load_general(general))],
         "next_judged": (*curated.judged, *_of_round(curated.new.judge, round_.id)),
     }
     for name, rows in files.items():
@@ -163,7 +181,7 @@ def _write(deps: Deps, round_: Round, curated: Curated, folder: Path) -> None:
 
 def _suites(
     deps: Deps, round_: Round, curated: Curated, probe: Sequence[tuple[str, str]]
-) -> Mapping[str, Sequence[Row]]:
+) -> Mapping[str, Sequence[Json]]:
     """Rows to judge on by suite: the target, what must be kept, the contradicted, general text.
 
     What must be kept is in one suite, because a suite of a few dozen rows cannot show that little
@@ -183,13 +201,13 @@ def _suites(
     return {**enough, "target": [_row(example) for example in curated.new.judge]}
 
 
-def _past_row(deps: Deps, example: Example, origin: str) -> Row:
+def _past_row(deps: Deps, example: Example, origin: str) -> Json:
     """A row of an earlier round; its id tells which, for the plot of what each round did."""
     number = deps.ledger.get(example.round_id).number if example.round_id else 0
     return {**_row(example), "id": f"{origin}-{number}/{example.id}"}
 
 
-def _row(example: Example, rule: str = "contains") -> Row:
+def _row(example: Example, rule: str = "contains") -> Json:
     return {
         "id": example.id,
         "messages": [list(turn) for turn in example.messages],
@@ -200,7 +218,7 @@ def _row(example: Example, rule: str = "contains") -> Row:
     }
 
 
-def _stale_row(item: Forgotten) -> Row:
+def _stale_row(item: Forgotten) -> Json:
     """The old question, to which the new answer is right and the old one must not be given."""
     return {
         **_row(item.old),
@@ -221,7 +239,7 @@ def _of_round(examples: Sequence[Example], round_id: str) -> tuple[Example, ...]
     return tuple(replace(example, round_id=round_id) for example in examples)
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+def _write_rows(path: Path, rows: Sequence[Json]) -> None:
     path.parent.mkdir(exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")

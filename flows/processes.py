@@ -1,4 +1,4 @@
-"""Runs training and evaluation in processes of their own, one at a time for each output folder.
+"""Runs training, evaluation and drafting in processes of their own, one for each output folder.
 
 The child holds a lock on its folder. A worker that comes back after a kill waits for a child that
 its predecessor left behind, instead of running a second one beside it.
@@ -34,7 +34,7 @@ _ERRORS: Mapping[int, type[PerennialError]] = {
 
 
 def run_training_process(
-    command: Literal["train", "evaluate"],
+    command: Literal["train", "evaluate", "draft"],
     job: Path,
     out: Path,
     settings: Settings,

@@ -11,7 +11,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 
 from perennial.flows import evidence
-from perennial.flows.curate import curate, data_folder
+from perennial.flows.curate import curate, data_folder, general_file
 from perennial.flows.processes import run_training_process
 from perennial.flows.steps import Json, Steps, digest, leased, transient_task
 from perennial.flows.wiring import Deps, connect
@@ -95,8 +95,13 @@ def curate_rows(deps: Deps, steps: Steps, round_: Round, champion: ModelVersion 
     """The digest of the round's rows."""
 
     def work() -> Json:
-        manifest = curate(deps, round_, champion, data_folder(deps, round_.id))
-        counts = json.loads((data_folder(deps, round_.id) / "counts.json").read_bytes())
+        def draft(job: Json, out: Path) -> None:
+            _run(deps, "draft", {**_model(deps), **job}, out)
+
+        folder = data_folder(deps, round_.id)
+        general = general_file(deps.settings, draft)
+        manifest = curate(deps, round_, champion, general, folder)
+        counts = json.loads((folder / "counts.json").read_bytes())
         return {"digest": manifest.digest, **counts}
 
     return steps.once("curate", {"round": round_.id}, work)

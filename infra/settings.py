@@ -9,9 +9,9 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from perennial.infra.errors import ConfigError
 
@@ -119,6 +119,11 @@ class TrainingSettings(_Section):
     general_file: Path | None = Field(
         None, description="General rows (prompt, answer) to keep ability; empty uses the packaged."
     )
+    general_drafts: int = Field(
+        0,
+        ge=0,
+        description="General rows that the base model writes itself, once; 0 uses `general_file`.",
+    )
     probe_file: Path | None = Field(
         None, description="General rows that measure ability, never trained; empty: the packaged."
     )
@@ -128,6 +133,12 @@ class TrainingSettings(_Section):
     max_per_subject: int = Field(200, ge=1, description="Examples of one subject in a round.")
     replay_rows: int = Field(2000, ge=0, description="Rows of past rounds that are kept.")
     timeout_s: int = Field(7200, ge=60, description="Seconds after which a training is stopped.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.general_drafts and self.general_file:
+            raise ValueError("set general_file or general_drafts, not both")
+        return self
 
 
 class GateSettings(_Section):

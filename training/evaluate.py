@@ -5,7 +5,7 @@ the rows is left to the registry.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from perennial.training.trunk import SplitModel
 
 _NLL_TOKENS = 1024
 _KL_TOP_K = 20
+
+Choose = Callable[[Tensor], Tensor]  # logits (B, V) to the next ids (B,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,25 +177,32 @@ def generate(
     said: dict[tuple[int, ...], str] = {}
     for indices in length_sorted([len(prompt) for prompt in distinct], limits.max_rows):
         part = [distinct[index] for index in indices]
-        for prompt, ids in zip(part, _greedy(model, tokenizer, part, limits), strict=True):
+        new = generate_ids(model, part, limits, int(tokenizer.eos_token_id), likeliest)
+        for prompt, ids in zip(part, new, strict=True):
             said[prompt] = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return [said[tuple(prompt)] for prompt in prompts]
 
 
-def _greedy(
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """The likeliest id of each row."""
+    return logits_BV.argmax(-1)
+
+
+def generate_ids(
     model: Any,  # Any: transformers
-    tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     limits: Limits,
+    end: int,
+    choose: Choose,
 ) -> list[list[int]]:
-    """New ids of each prompt up to the end of turn; a batch shrinks as its rows end.
+    """New ids of each prompt up to `end`; a batch shrinks as its rows end.
 
-    What all prompts begin with is computed once.
+    A row that has `max_new_tokens` of them was cut off. What all prompts begin with is computed
+    once.
     """
-    eos = int(tokenizer.eos_token_id)
     num_shared = _num_shared(prompts)
     cache = _prefix_cache(model, prompts[0][:num_shared], len(prompts))
-    ids_BT, mask_BT = _left_padded([prompt[num_shared:] for prompt in prompts], eos)
+    ids_BT, mask_BT = _left_padded([prompt[num_shared:] for prompt in prompts], end)
     mask_BT = torch.cat([mask_BT.new_ones(len(prompts), num_shared), mask_BT], dim=-1)
     position_B = mask_BT.sum(-1)
     new: list[list[int]] = [[] for _ in prompts]
@@ -210,8 +219,8 @@ def _greedy(
                 logits_to_keep=1,
             )
         cache = out.past_key_values
-        next_B = out.logits[:, -1].argmax(-1)
-        going = (next_B != eos).nonzero()[:, 0]
+        next_B = choose(out.logits[:, -1])
+        going = (next_B != end).nonzero()[:, 0]
         for index in going.tolist():
             new[rows[index]].append(int(next_B[index]))
         if not len(going):

@@ -1,14 +1,14 @@
 """General rows: what the model could do before, to be kept (replay) or measured (probe).
 
 They come from a file, or the base model writes them itself: this module chooses which of its drafts
-are fit, what makes it write them is left to others. The home of `datasets`, which reads the formats
+are fit, `drafting` has it write them. The home of `datasets`, which reads the formats
 that people have such rows in.
 """
 
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perennial.infra.artifacts import write_atomic
@@ -20,7 +20,7 @@ _READERS = {".jsonl": "from_json", ".json": "from_json", ".csv": "from_csv",
             ".parquet": "from_parquet"}  # fmt: skip
 _COLUMNS = (("prompt", "answer"), ("instruction", "output"))
 _NEAR_DUPLICATE = 0.8
-_MAX_REPEATS = 3
+_MAX_REPEATED = 0.2
 
 
 def load_general(path: Path) -> tuple[tuple[str, str], ...]:
@@ -55,17 +55,18 @@ class Draft:
 
     prompt: str
     answer: str
-    has_ended: bool  # the model ended the answer itself, it was not cut off
+    has_ended: bool  # the model ended question and answer itself, neither was cut off
+    num_tokens: int
 
 
 def fit_drafts(drafts: Sequence[Draft], num_rows: int) -> tuple[Draft, ...]:
     """The first `num_rows` drafts, cleaned, that hold the model to something worth keeping.
 
-    Left out are empty or cut off answers, those that go round in circles (three times four
-    words that were there before), and questions asked before in almost the same words.
+    Left out are empty or cut off answers, those that go round in circles (more than a fifth of
+    all runs of four words were there before), and questions asked before in almost the same words.
     """
     cleaned = [
-        Draft(prompt=clean(draft.prompt), answer=clean(draft.answer), has_ended=True)
+        replace(draft, prompt=clean(draft.prompt), answer=clean(draft.answer))
         for draft in drafts
         if draft.has_ended
     ]
@@ -90,7 +91,7 @@ def write_general(path: Path, drafts: Sequence[Draft]) -> None:
 def _is_circular(text: str) -> bool:
     found = words(text)
     fours = [tuple(found[at : at + 4]) for at in range(len(found) - 3)]
-    return len(fours) - len(set(fours)) >= _MAX_REPEATS
+    return len(fours) - len(set(fours)) > _MAX_REPEATED * len(fours)
 
 
 def _prompt(row: Mapping[str, object], asked: str) -> str:

@@ -1,4 +1,4 @@
-"""The job file: what one training process or one evaluation process is to do.
+"""The job file: what one process that trains, evaluates or drafts is to do.
 
 Paths inside it are relative to the job file's folder. Unknown fields are errors, because a
 misspelt one would silently train with a default.
@@ -51,6 +51,17 @@ class EvalJob:
     kl_suites: tuple[str, ...]  # on these the KL to the base model is measured too
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftJob:
+    """General rows, written by the base model."""
+
+    base_model: str
+    cache_dir: Path
+    num_rows: int
+    seed: int
+    num_threads: int | None
+
+
 def read_train_job(path: Path) -> TrainJob:
     """The job in a JSON file.
 
@@ -96,9 +107,6 @@ def read_eval_job(path: Path) -> EvalJob:
     raw = _read(path, required=required, optional=_EVAL_OPTIONAL)
     home = path.parent
     adapters, suites = _mapping(raw, "adapters"), _mapping(raw, "suites")
-    max_new_tokens = raw.get("max_new_tokens", 32)
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be a positive int, got {max_new_tokens!r}")
     kl_suites = raw.get("kl_suites", [])
     if not isinstance(kl_suites, list) or not {*kl_suites} <= {*suites}:
         raise ConfigError(f"kl_suites must be a list of names of suites, got {kl_suites!r}")
@@ -110,9 +118,25 @@ def read_eval_job(path: Path) -> EvalJob:
         cache_dir=_path(raw, "cache_dir", home) or home / "models",
         adapters=MappingProxyType({name: _path(adapters, name, home) for name in adapters}),
         suites=MappingProxyType({name: home / _text(suites, name) for name in suites}),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=_positive(raw, "max_new_tokens", 32),
         num_threads=_threads(raw),
         kl_suites=tuple(kl_suites),
+    )
+
+
+def read_draft_job(path: Path) -> DraftJob:
+    """The job in a JSON file; errors as in `read_train_job`."""
+    optional = ("cache_dir", "seed", "num_threads")
+    raw = _read(path, required=("base_model", "num_rows"), optional=optional)
+    seed = raw.get("seed", 0)
+    if type(seed) is not int:
+        raise ConfigError(f"seed must be an int, got {seed!r}", name="seed")
+    return DraftJob(
+        base_model=_text(raw, "base_model"),
+        cache_dir=_path(raw, "cache_dir", path.parent) or path.parent / "models",
+        num_rows=_positive(raw, "num_rows"),
+        seed=seed,
+        num_threads=_threads(raw),
     )
 
 
@@ -167,6 +191,13 @@ def _mapping(raw: Mapping[str, Any], name: str, default: object = None) -> dict[
     value = raw.get(name, default)
     if not isinstance(value, dict):
         raise ConfigError(f"{name} must be a JSON object, got {value!r}", name=name)
+    return value
+
+
+def _positive(raw: Mapping[str, Any], name: str, default: object = None) -> int:
+    value = raw.get(name, default)
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} must be a positive int, got {value!r}", name=name)
     return value
 
 

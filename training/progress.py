@@ -31,18 +31,15 @@ class StepRecord:
     preference: float | None = None
 
 
-class ProgressLog:
-    """Writes each step to a file and shows it; use as a context manager."""
+class Meter:
+    """Shows how far something is; use as a context manager."""
 
-    def __init__(self, path: Path, console: Console) -> None:
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+    def __init__(self, what: str, console: Console) -> None:
+        self._what = what
         self._console = console
-        self._started = time.monotonic()
-        self._num_tokens = 0
-        self._num_seen = 0
         self._last_line = 0.0
-        self._bar = _bar(console) if console.is_terminal else None
-        self._task = self._bar.add_task("train", total=None, note="") if self._bar else None
+        self._bar = _bar(what, console) if console.is_terminal else None
+        self._task = self._bar.add_task(what, total=None, note="") if self._bar else None
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -52,6 +49,34 @@ class ProgressLog:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
+
+    def show(self, done: int, total: int, note: str, eta_s: float) -> None:
+        """Move the bar; without a terminal, a line every few seconds and one at the end."""
+        now = time.monotonic()
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, total=total, completed=done, note=note)
+        elif now - self._last_line >= _LINE_EVERY_S or done == total:
+            self._last_line = now
+            text = f"{self._what} {done}/{total} · {note} · ETA {eta_s:.0f} s"
+            self._console.print(text, highlight=False)
+
+
+class ProgressLog:
+    """Writes each step to a file and shows it; use as a context manager."""
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._meter = Meter("step", console)
+        self._started = time.monotonic()
+        self._num_tokens = 0
+        self._num_seen = 0
+
+    def __enter__(self) -> Self:
+        self._meter.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.__exit__()
         self._file.close()
 
     def step(self, record: StepRecord) -> None:
@@ -60,16 +85,10 @@ class ProgressLog:
         self._file.flush()
         self._num_tokens += record.num_tokens
         self._num_seen += 1
-        now = time.monotonic()
-        rate = self._num_tokens / max(now - self._started, 1e-9)
-        eta_s = (now - self._started) / self._num_seen * (record.num_steps - record.step)
-        note = f"loss {record.loss:.3f} · {rate:.0f} tokens/s"
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, total=record.num_steps, completed=record.step, note=note)
-        elif now - self._last_line >= _LINE_EVERY_S or record.step == record.num_steps:
-            self._last_line = now
-            text = f"step {record.step}/{record.num_steps} · {note} · ETA {eta_s:.0f} s"
-            self._console.print(text, highlight=False)
+        elapsed_s = time.monotonic() - self._started
+        eta_s = elapsed_s / self._num_seen * (record.num_steps - record.step)
+        note = f"loss {record.loss:.3f} · {self._num_tokens / max(elapsed_s, 1e-9):.0f} tokens/s"
+        self._meter.show(record.step, record.num_steps, note, eta_s)
 
 
 def read_progress(path: Path) -> list[StepRecord]:
@@ -79,9 +98,9 @@ def read_progress(path: Path) -> list[StepRecord]:
     return [latest[step] for step in sorted(latest)]
 
 
-def _bar(console: Console) -> Progress:
+def _bar(what: str, console: Console) -> Progress:
     return Progress(
-        TextColumn("training"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),

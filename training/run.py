@@ -1,4 +1,4 @@
-"""The process that trains or evaluates: `python -m perennial.training.run train job.json out/`.
+"""Trains, evaluates or drafts in a process: `python -m perennial.training.run train job.json out/`.
 
 It has memory and a crash of its own, so serving never shares either. Running it twice is safe: a
 finished output is found, a killed one goes on from its checkpoint. Exit codes: 0 done, 2 bad job or
@@ -7,6 +7,7 @@ the disk is full or cannot be written, 1 anything else.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import shutil
@@ -33,6 +34,7 @@ from perennial.infra.errors import (
 from perennial.training import lora, modelfiles, rounds, trainer
 from perennial.training.cache import TrunkCache, folder_digest
 from perennial.training.config import Start, TrainConfig
+from perennial.training.drafting import write_drafts
 from perennial.training.evaluate import (
     Limits,
     SuiteSummary,
@@ -40,14 +42,22 @@ from perennial.training.evaluate import (
     evaluate,
     reference_nlls,
 )
+from perennial.training.general import write_general
 from perennial.training.grading import read_suite
-from perennial.training.job import EvalJob, TrainJob, read_eval_job, read_train_job
+from perennial.training.job import (
+    DraftJob,
+    EvalJob,
+    TrainJob,
+    read_draft_job,
+    read_eval_job,
+    read_train_job,
+)
 from perennial.training.machine import choose_threads, peak_rss_mb, yield_cores
 from perennial.training.objective import Sources, TrunkOf, teach
-from perennial.training.progress import ProgressLog
+from perennial.training.progress import Meter, ProgressLog
 from perennial.training.recipes import RECIPES
 from perennial.training.rows import Rows, rows_of_job
-from perennial.training.teachers import write_teachers
+from perennial.training.teachers import size_mb, write_teachers
 from perennial.training.tokens import TokenRow
 from perennial.training.trainer import Trained
 from perennial.training.trunk import SplitModel
@@ -71,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.out.mkdir(parents=True, exist_ok=True)
         if parsed.command == "train":
             run_training(read_train_job(parsed.job), parsed.out, console)
+        elif parsed.command == "draft":
+            run_drafting(read_draft_job(parsed.job), parsed.out, console)
         else:
             run_evaluation(read_eval_job(parsed.job), parsed.out, console)
     except PerennialError as error:
@@ -107,6 +119,7 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
         shutil.rmtree(old, ignore_errors=True)  # of another job, or of this one killed at the end
     alphas = _finish(model, job, beginning.start, parent, rows.dev, out)
     _keep_teachers(model, job.config, rows.sources, out / "teachers")
+    teachers_mb = size_mb(out / "teachers")
     lineage = rounds.after(None if is_rebuild else parent, trained.kl_to_base)
     manifest = artifacts.publish(adapter, lambda inner: _write_adapter(model, job, lineage, inner))
     body = {
@@ -114,11 +127,13 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
         "start": asdict(beginning),
         "lineage": asdict(lineage),
         "dev_loss_by_alpha": alphas,
+        "teachers_mb": teachers_mb,
         "wall_s": time.monotonic() - started,
     }
     artifacts.write_atomic(summary, json.dumps(body, indent=1).encode())
     shutil.rmtree(checkpoints)
-    console.print(f"adapter {adapter} · {body['wall_s']:.0f} s · peak {peak_rss_mb():.0f} MB")
+    sizes = f"peak {peak_rss_mb():.0f} MB · teachers {teachers_mb:.1f} MB on disk"
+    console.print(f"adapter {adapter} · {body['wall_s']:.0f} s · {sizes}", highlight=False)
 
 
 def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
@@ -145,6 +160,38 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
         lora.unmerge(model, kept)
     body = {"results": table, "wall_s": time.monotonic() - started, "peak_rss_mb": peak_rss_mb()}
     artifacts.write_atomic(out / "summary.json", json.dumps(body, indent=1).encode())
+
+
+def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
+    """Fill `out` with <key>/general.jsonl, once for a model, seed and number, and summary.json."""
+    started = time.monotonic()
+    base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
+    files = [folder_digest(base, pattern) for pattern in ("*.safetensors", "*.j*")]
+    key = hashlib.sha256(repr((*files, job.seed, job.num_rows)).encode()).hexdigest()[:16]
+    batches = out / f"{key}-batches"
+    if not (out / key).exists():
+        torch.use_deterministic_algorithms(True)
+        _choose_threads_once(batches / "num_threads", job.num_threads)
+
+    def write(folder: Path) -> None:
+        model, tokenizer = modelfiles.load_model(base), modelfiles.load_tokenizer(base)
+        with Meter("draft", console) as meter:
+            drafts = write_drafts(model, tokenizer, job.num_rows, job.seed, batches, meter)
+        write_general(folder / "general.jsonl", drafts)
+
+    artifacts.publish(out / key, write)
+    shutil.rmtree(batches, ignore_errors=True)
+    body = {"general": f"{key}/general.jsonl", "num_rows": job.num_rows, "seed": job.seed}
+    artifacts.write_atomic(out / "summary.json", json.dumps(body, indent=1).encode())
+    wall_s = time.monotonic() - started
+    told = f"drafts {out / key} · {wall_s:.0f} s · peak {peak_rss_mb():.0f} MB"
+    console.print(told, highlight=False, soft_wrap=True)
+
+
+def _choose_threads_once(path: Path, wanted: int | None) -> None:
+    """Threads as an earlier run of the same had them: with others, sums are rounded otherwise."""
+    known = int(path.read_text()) if path.exists() else wanted
+    artifacts.write_atomic(path, str(choose_threads(known)).encode())
 
 
 def _train(
@@ -276,7 +323,11 @@ def _eval_line(name: str, suite: str, summary: SuiteSummary) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m perennial.training.run")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("train", "train an adapter"), ("evaluate", "score adapters on suites")):
+    for name, text in (
+        ("train", "train an adapter"),
+        ("evaluate", "score adapters on suites"),
+        ("draft", "have the base model write general rows"),
+    ):
         command = commands.add_parser(name, help=text)
         command.add_argument("job", type=Path, help="the job file (JSON)")
         command.add_argument("out", type=Path, help="the folder to fill")
@@ -285,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _with_command(arguments: Sequence[str]) -> list[str]:
     """`run job.json out/` means `run train job.json out/`."""
-    known = {"train", "evaluate", "-h", "--help"}
+    known = {"train", "evaluate", "draft", "-h", "--help"}
     return [*arguments] if arguments and arguments[0] in known else ["train", *arguments]
 
 

@@ -37,6 +37,11 @@ def write_teachers(folder: Path, rows: Sequence[TokenRow], taught: Sequence[TopK
     artifacts.publish(folder, write)
 
 
+def size_mb(folder: Path) -> float:
+    """MB (10^6 bytes) that the folder has on disk; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.glob("*")) / 1e6
+
+
 def read_teachers(folder: Path, rows: Sequence[TokenRow]) -> Mapping[str, TopK]:
     """The teachers of those of the rows that have one, by id.
 

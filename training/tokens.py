@@ -68,6 +68,16 @@ def _encode_chat(
     return ids + _encode_template(tokenizer, rendered), question
 
 
+def open_user_turn(tokenizer: Any) -> tuple[list[int], int]:  # Any: transformers
+    """Ids of a chat up to where the user starts to speak, and the id that ends what they say."""
+    chat = [{"role": "user", "content": _mark(0)}]
+    rendered: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    before, found, after = rendered.partition(_mark(0))
+    if not before or not found or not after:
+        raise InputError("the chat template does not mark where a user's turn begins and ends")
+    return _encode_template(tokenizer, before), _encode_template(tokenizer, after)[0]
+
+
 def encode_text(tokenizer: Any, text: str) -> list[int]:  # Any: transformers
     """Ids of plain text; what looks like a special token becomes letters."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -58,7 +58,6 @@ def deps(home: Path, rows: Sequence[Judged], **environment: str) -> Any:
         {
             "PERENNIAL_HOME": str(home),
             "PERENNIAL_MODEL__CACHE_DIR": str(home / "models"),
-            "PERENNIAL_TRAINING__GENERAL_FILE": general,
             "PERENNIAL_TRAINING__PROBE_FILE": general,
             **environment,
         },
@@ -103,7 +102,7 @@ def test_a_round_writes_rows_of_every_kind_and_says_what_it_did(tmp_path: Path) 
     some = deps(tmp_path, first_round())
     folder = data_folder(some, "rnd_1")
 
-    curate(some, a_round(1), None, folder)
+    curate(some, a_round(1), None, tmp_path / "general.jsonl", folder)
 
     train, judge = (
         read_examples(folder / "train.jsonl"),
@@ -129,7 +128,7 @@ def test_a_round_writes_rows_of_every_kind_and_says_what_it_did(tmp_path: Path) 
 
 def test_the_next_round_trains_on_nothing_that_is_judged_by(tmp_path: Path) -> None:
     some = deps(tmp_path, first_round())
-    curate(some, a_round(1), None, data_folder(some, "rnd_1"))
+    curate(some, a_round(1), None, tmp_path / "general.jsonl", data_folder(some, "rnd_1"))
     judge = read_examples(data_folder(some, "rnd_1") / "next_judged.jsonl")
     again = [
         judged(200 + n, row.question, "?", Correction(text=row.completion))
@@ -139,7 +138,7 @@ def test_the_next_round_trains_on_nothing_that_is_judged_by(tmp_path: Path) -> N
     later = deps(tmp_path, [*again, fresh])
     champion: Any = SimpleNamespace(round_id="rnd_1")
 
-    curate(later, a_round(2), champion, data_folder(later, "rnd_2"))
+    curate(later, a_round(2), champion, tmp_path / "general.jsonl", data_folder(later, "rnd_2"))
 
     folder = data_folder(later, "rnd_2")
     assert [row.id for row in read_examples(folder / "train.jsonl")] == ["fb_300"]
@@ -153,7 +152,7 @@ def test_the_next_round_trains_on_nothing_that_is_judged_by(tmp_path: Path) -> N
 
 def test_a_blend_is_chosen_on_new_and_past_rows_that_are_not_trained_on(tmp_path: Path) -> None:
     some = deps(tmp_path, first_round())
-    curate(some, a_round(1), None, data_folder(some, "rnd_1"))
+    curate(some, a_round(1), None, tmp_path / "general.jsonl", data_folder(some, "rnd_1"))
     fresh = [
         judged(300 + n, f"Which colour has the {name}?", "?", Correction(text=f"It is {name}-red."))
         for n, name in enumerate(NAMES)
@@ -162,7 +161,7 @@ def test_a_blend_is_chosen_on_new_and_past_rows_that_are_not_trained_on(tmp_path
     later = deps(tmp_path, fresh, **blend)
     champion: Any = SimpleNamespace(round_id="rnd_1")
 
-    curate(later, a_round(2), champion, data_folder(later, "rnd_2"))
+    curate(later, a_round(2), champion, tmp_path / "general.jsonl", data_folder(later, "rnd_2"))
 
     folder = data_folder(later, "rnd_2")
     dev, train, replay = (

@@ -32,7 +32,7 @@ class Erased:
 def installation(tmp_path: Path) -> Any:
     """A curated round with everything that a round keeps of its rows."""
     some = deps(tmp_path, first_round())
-    curate(some, a_round(1), None, data_folder(some, "rnd_1"))
+    curate(some, a_round(1), None, tmp_path / "general.jsonl", data_folder(some, "rnd_1"))
     round_ = tmp_path / "rounds" / "rnd_1"
     for name in ("train/teachers", "evaluation-1"):
         (round_ / name).mkdir(parents=True)

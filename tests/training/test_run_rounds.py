@@ -106,6 +106,8 @@ def test_what_a_round_learned_teaches_its_replay(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "two" / "teachers" / "index.json").read_bytes())
     assert len(index) == 10  # the two replayed rows are among the ten new ones
     assert np.load(tmp_path / "two" / "teachers" / "tokens.npy").shape[1] == 20
+    on_disk = [path.stat().st_size for path in (tmp_path / "two" / "teachers").iterdir()]
+    assert found["teachers_mb"] == sum(on_disk) / 1e6 > 0
 
 
 def preferences(folder: Path) -> tuple[tuple[Pair, ...], tuple[Judgement, ...]]:
