@@ -61,6 +61,8 @@ def run_tune(settings: Settings, request: Request) -> None:
         raise
     result = write_result(search, trials)
     console.print(_table(result))
+    for trial in (trial for trial in trials if trial.failure):
+        console.print(f"{trial.setting.name} failed: {trial.failure}", markup=False)
     if result["not_tried"]:
         names = ", ".join(Setting(**setting).name for setting in result["not_tried"])
         console.print(f"the budget did not hold {names}; a larger --budget goes on from here")
