@@ -152,7 +152,7 @@ def prepare(settings: Settings, request: Request) -> Bench:
         model={
             "base_model": str(folder.resolve()),
             "cache_dir": str(settings.model.cache_dir),
-            "num_threads": settings.model.threads or _threads(request.out),
+            "num_threads": settings.model.threads or chosen_threads(request.out),
         },
     )
     for arm in request.arms:
@@ -307,7 +307,7 @@ def _drop_adapters(work: Path, keep: set[str]) -> None:
             shutil.rmtree(folder)
 
 
-def _threads(out: Path) -> int:
+def chosen_threads(out: Path) -> int:
     """Threads of every training, chosen once: with another number, sums are rounded otherwise."""
     path = out / "num_threads"
     if not path.exists():

@@ -33,6 +33,7 @@ from perennial.training.continual import (
     r_matrix,
 )
 from perennial.training.grading import grade, has_stale, rouge_l
+from perennial.training.search import on_front
 from perennial.training.stream import Order, Task
 
 Json = dict[str, Any]  # Any: JSON
@@ -254,7 +255,13 @@ def _matrix(run: Run, weights: Weights) -> list[list[float | None]]:
 
 def _plots(result: Json) -> dict[str, bytes]:
     """A heat map for each arm and order, and gain against drift."""
-    plots = {"front": plot_front(_front(result))}
+    plots = {
+        "front": plot_front(
+            _front(result),
+            gain="average performance after the last round, points",
+            drift="general NLL, arm minus base, nats a token",
+        )
+    }
     for name, arm in result["arms"].items():
         for order in result["orders"]:
             found = [m for m in arm["r_matrices"] if m["order"] == order]
@@ -271,6 +278,12 @@ def _label(task: str) -> str:
 
 
 def _front(result: Json) -> list[FrontPoint]:
+    arms = {
+        name: arm
+        for name, arm in result["arms"].items()
+        if arm["ap"] is not None and arm["general_nll_delta"] is not None
+    }
+    flags = on_front([(arm["ap"], arm["general_nll_delta"]) for arm in arms.values()])
     return [
         FrontPoint(
             name=name,
@@ -278,9 +291,9 @@ def _front(result: Json) -> list[FrontPoint]:
             gain_interval=tuple(arm["intervals"]["ap"]),
             drift=arm["general_nll_delta"],
             drift_interval=tuple(arm["intervals"]["general_nll_delta"]),
+            is_on_front=is_on_front,
         )
-        for name, arm in result["arms"].items()
-        if arm["ap"] is not None and arm["general_nll_delta"] is not None
+        for (name, arm), is_on_front in zip(arms.items(), flags, strict=True)
     ]
 
 

@@ -321,6 +321,47 @@ def demo(
     run_demo(home or settings.home / "demo", seed=seed, json_file=json_file, keep=keep)
 
 
+@main.command()
+@click.option("--round", "round_id", metavar="ID", help="Round to try on; by default the newest.")
+@click.option("--lr", help="Learning rates, with commas; half, same and double by default.")
+@click.option("--epochs", help="Epochs, with commas; half, same and 1.5 times by default.")
+@click.option(
+    "--budget", default="60m", show_default=True, help="Time for all trials, such as 90s or 2h."
+)
+@click.option(
+    "--max-drift",
+    type=click.FloatRange(0),
+    default=0.02,
+    show_default=True,
+    help="Rise of the general NLL over the parent's that is allowed, nats a token.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of results, tune/ beside the round's rows by default; it goes on there.",
+)
+@_with_settings
+def tune(
+    settings: Settings,
+    round_id: str | None,
+    lr: str | None,
+    epochs: str | None,
+    budget: str,
+    max_drift: float,
+    out: Path | None,
+) -> None:
+    """Choose learning rate and epochs on the rows of a round; may be killed and run again.
+
+    Writes result.json and front.png into --out.
+    """
+    from perennial.flows.cli_tune import read_request, run_tune
+
+    request = read_request(
+        round_id=round_id, lr=lr, epochs=epochs, budget=budget, max_drift=max_drift, out=out
+    )
+    run_tune(settings, request)
+
+
 @main.group()
 def bench() -> None:
     """Measure what the recipe learns and what it forgets, on streams of your own."""

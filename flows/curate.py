@@ -101,6 +101,30 @@ def data_folder(deps: Deps, round_id: str) -> Path:
     return deps.settings.home / "rounds" / round_id / "data"
 
 
+def suite_row(example: Example, rule: str = "contains") -> Json:
+    """A row as suites hold it; `contains` is how the gate grades."""
+    return {
+        "id": example.id,
+        "messages": [list(turn) for turn in example.messages],
+        "reference": example.completion,
+        "rule": rule,
+        "cluster": example.subject or example.id,
+        "origins": example.to_json()["origins"],
+    }
+
+
+def write_suite(path: Path, rows: Sequence[Json]) -> None:
+    """One row a line."""
+    path.parent.mkdir(exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def of_both_labels(judgements: tuple[Judgement, ...]) -> tuple[Judgement, ...]:
+    """None, when what is kept apart to judge by took all of one label."""
+    return judgements if len({row.label for row in judgements}) == 2 else ()
+
+
 def _against_the_past(
     deps: Deps, round_: Round, champion: ModelVersion | None, compiled: Compiled
 ) -> Curated:
@@ -131,18 +155,13 @@ def _against_the_past(
         compiled=compiled,
         new=new,
         pairs=not_judged(compiled.pairs, untold),
-        judgements=_of_both_labels(not_judged(compiled.judgements, untold)),
+        judgements=of_both_labels(not_judged(compiled.judgements, untold)),
         replay=replay,
         dev=dev,
         next_replay=next_replay,
         judged=judged,
         forgotten=_forgotten(gone, compiled.examples),
     )
-
-
-def _of_both_labels(judgements: tuple[Judgement, ...]) -> tuple[Judgement, ...]:
-    """None, when what is kept apart to judge by took all of one label."""
-    return judgements if len({row.label for row in judgements}) == 2 else ()
 
 
 def _forgotten(gone: Sequence[Example], new: Sequence[Example]) -> tuple[Forgotten, ...]:
@@ -170,7 +189,7 @@ def _write(deps: Deps, round_: Round, curated: Curated, general: Path, folder: P
         write_examples(folder / f"{name}.jsonl", rows)
     curated.next_replay.save(folder / "next_replay.jsonl")
     for name, suite in _suites(deps, round_, curated, probe).items():
-        _write_rows(folder / "suites" / f"{name}.jsonl", suite)
+        write_suite(folder / "suites" / f"{name}.jsonl", suite)
     names = {row.id: f"round {row.number}" for row in deps.ledger.list_rounds(round_.task)}
     text = render_diff(_diff(round_, curated), names)
     (folder / "diff.md").write_text(text, encoding="utf-8")
@@ -195,33 +214,22 @@ def _suites(
             *(_past_row(deps, example, "trained-in-round") for example in sample),
         ],
         "stale": [_stale_row(item) for item in curated.forgotten],
-        "general": [_row(_general(i, *pair), rule="none") for i, pair in enumerate(probe)],
+        "general": [suite_row(_general(i, *pair), rule="none") for i, pair in enumerate(probe)],
     }
     enough = {n: rows for n, rows in suites.items() if len(rows) >= deps.settings.gate.min_rows}
-    return {**enough, "target": [_row(example) for example in curated.new.judge]}
+    return {**enough, "target": [suite_row(example) for example in curated.new.judge]}
 
 
 def _past_row(deps: Deps, example: Example, origin: str) -> Json:
     """A row of an earlier round; its id tells which, for the plot of what each round did."""
     number = deps.ledger.get(example.round_id).number if example.round_id else 0
-    return {**_row(example), "id": f"{origin}-{number}/{example.id}"}
-
-
-def _row(example: Example, rule: str = "contains") -> Json:
-    return {
-        "id": example.id,
-        "messages": [list(turn) for turn in example.messages],
-        "reference": example.completion,
-        "rule": rule,
-        "cluster": example.subject or example.id,
-        "origins": example.to_json()["origins"],
-    }
+    return {**suite_row(example), "id": f"{origin}-{number}/{example.id}"}
 
 
 def _stale_row(item: Forgotten) -> Json:
     """The old question, to which the new answer is right and the old one must not be given."""
     return {
-        **_row(item.old),
+        **suite_row(item.old),
         "id": f"{item.old.id}-stale",
         "reference": item.by.completion,
         "forbid": [item.old.completion],
@@ -237,12 +245,6 @@ def _general(index: int, prompt: str, answer: str) -> Example:
 
 def _of_round(examples: Sequence[Example], round_id: str) -> tuple[Example, ...]:
     return tuple(replace(example, round_id=round_id) for example in examples)
-
-
-def _write_rows(path: Path, rows: Sequence[Json]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _diff(round_: Round, curated: Curated) -> Diff:

@@ -60,6 +60,7 @@ def _holds(data: Path, erased: Set[str]) -> bool:
 def _clean(data: Path, erased: Set[str]) -> None:
     """The round without the rows, what was computed of them, and the page that quotes them."""
     shutil.rmtree(data.parent / "train" / "teachers", ignore_errors=True)
+    shutil.rmtree(data.parent / "tune", ignore_errors=True)
     for folder in data.parent.glob("evaluation-*"):
         shutil.rmtree(folder)
     (data / MANIFEST).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from perennial.flows.steps import Json, Steps, digest, leased, transient_task
 from perennial.flows.wiring import Deps, connect
 from perennial.infra.artifacts import read_manifest, sha256_file, write_atomic
 from perennial.infra.errors import NotFoundError
+from perennial.infra.settings import Settings
 from perennial.monitoring.check_store import StoredCheck
 from perennial.registry.rounds import Round, RoundState
 from perennial.registry.version_store import Member
@@ -96,7 +97,7 @@ def curate_rows(deps: Deps, steps: Steps, round_: Round, champion: ModelVersion 
 
     def work() -> Json:
         def draft(job: Json, out: Path) -> None:
-            _run(deps, "draft", {**_model(deps), **job}, out)
+            _run(deps, "draft", {**_model(deps.settings), **job}, out)
 
         folder = data_folder(deps, round_.id)
         general = general_file(deps.settings, draft)
@@ -120,24 +121,33 @@ def train_adapter(
     }
 
     def work() -> Json:
-        folder, rows = _folder(deps, round_) / "train", data_folder(deps, round_.id)
-        job = {
-            **_model(deps),
-            "parent_adapter": str(champion.adapter_path) if champion else None,
-            "train_rows": str(rows / "train.jsonl"),
-            "replay_rows": str(rows / "replay.jsonl"),
-            "general_rows": str(rows / "general.jsonl"),
-            "pair_rows": str(rows / "pairs.jsonl"),
-            "judgement_rows": str(rows / "judgements.jsonl"),
-            "dev_rows": str(rows / "dev.jsonl"),
-            **(left_by(champion.adapter_path) if champion else {}),
-            "config": deps.settings.training.overrides,
-        }
+        folder = _folder(deps, round_) / "train"
+        parent = champion.adapter_path if champion else None
+        job = training_job(deps.settings, data_folder(deps, round_.id), parent)
         _run(deps, "train", job, folder)
         summary: Json = json.loads((folder / "summary.json").read_bytes())
         return summary
 
     return steps.once("train", inputs, work)
+
+
+def training_job(settings: Settings, rows: Path, parent: Path | None) -> Json:
+    """What a round trains, from a folder of its rows and the adapter that it starts from."""
+    files = {
+        "train_rows": "train",
+        "replay_rows": "replay",
+        "general_rows": "general",
+        "pair_rows": "pairs",
+        "judgement_rows": "judgements",
+        "dev_rows": "dev",
+    }
+    return {
+        **_model(settings),
+        "parent_adapter": str(parent) if parent else None,
+        **{field: str(rows / f"{name}.jsonl") for field, name in files.items()},
+        **(left_by(parent) if parent else {}),
+        "config": settings.training.overrides,
+    }
 
 
 @transient_task("name")
@@ -187,7 +197,7 @@ def evaluate_models(
         out = _folder(deps, round_) / f"evaluation-{digest(inputs)[:12]}"
         suites = data_folder(deps, round_.id) / "suites"
         job = {
-            **_model(deps),
+            **_model(deps.settings),
             "adapters": {
                 evidence.CHAMPION: str(champion.adapter_path) if champion else None,
                 evidence.CANDIDATE: str(version.adapter_path),
@@ -231,12 +241,11 @@ def _folder(deps: Deps, round_: Round) -> Path:
     return deps.settings.home / "rounds" / round_.id
 
 
-def _model(deps: Deps) -> Json:
-    settings = deps.settings.model
+def _model(settings: Settings) -> Json:
     return {
-        "base_model": settings.name,
-        "cache_dir": str(settings.cache_dir),
-        "num_threads": settings.threads or None,
+        "base_model": settings.model.name,
+        "cache_dir": str(settings.model.cache_dir),
+        "num_threads": settings.model.threads or None,
     }
 
 

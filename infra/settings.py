@@ -258,6 +258,11 @@ def setting_keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterato
             yield f"{prefix}{name}"
 
 
+def inline_table(values: Mapping[str, str | int | float | bool | list[str]]) -> str:
+    """An inline table of TOML, such as `{ lr = 0.001, epochs = 8 }`."""
+    return f"{{ {', '.join(f'{key} = {_toml(value)}' for key, value in values.items())} }}"
+
+
 def _read_toml(path: Path) -> dict[str, Any]:  # Any: TOML values are checked by the model
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -308,8 +313,7 @@ def _as_variables(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str,
     for key, value in values.items():
         name = f"{prefix}{key.upper()}"
         if key == "overrides":
-            body = ", ".join(f"{k} = {_toml(v)}" for k, v in value.items())
-            yield name, f"{{ {body} }}"
+            yield name, inline_table(value)
         elif isinstance(value, Mapping):
             yield from _as_variables(value, f"{name}__")
         else:

@@ -32,13 +32,22 @@ class LossPoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrontPoint:
-    """What an arm learned, in points, and how far general text drifted, in nats a token."""
+    """What something learned, and how far general text drifted, in nats a token."""
 
     name: str
     gain: float
-    gain_interval: tuple[float, float]
     drift: float
-    drift_interval: tuple[float, float]
+    is_on_front: bool
+    gain_interval: tuple[float, float] | None = None
+    drift_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """The most drift that was asked for, and which point was chosen under it."""
+
+    max_drift: float
+    chosen: str
 
 
 def plot_loss(points: Sequence[LossPoint], title: str) -> bytes:
@@ -115,28 +124,47 @@ def plot_gain(comparisons: Sequence[Comparison], title: str) -> bytes:
     return _png(figure)
 
 
-def plot_front(points: Sequence[FrontPoint]) -> bytes:
-    """Gain against drift with 95% intervals: up and to the left is better."""
+def plot_front(
+    points: Sequence[FrontPoint], *, gain: str, drift: str, limit: Limit | None = None
+) -> bytes:
+    """Gain against drift with the front as a line: up and to the left is better.
+
+    `gain` and `drift` name the axes; intervals are drawn where there are some.
+    """
     figure, axes = _figure(9, 6, "What is learned against what general text loses")
+    front = sorted((point.drift, point.gain) for point in points if point.is_on_front)
+    if front:
+        axes.plot(*zip(*front, strict=True), color=_BLUE, linewidth=1.2, alpha=0.5,
+                  drawstyle="steps-post")  # fmt: skip
     for point in points:
-        colour = _BLUE if _is_on_front(point, points) else _GREY
-        axes.plot(point.drift_interval, [point.gain] * 2, color=colour, linewidth=1.5, alpha=0.6)
-        axes.plot([point.drift] * 2, point.gain_interval, color=colour, linewidth=1.5, alpha=0.6)
-        axes.plot(point.drift, point.gain, "o", color=colour, markersize=8)
-        axes.annotate(point.name, (point.drift, point.gain), xytext=(7, 6),
-                      textcoords="offset points", color=_INK)  # fmt: skip
+        _draw_point(axes, point)
+    if limit is not None:
+        _draw_limit(axes, limit, points)
     axes.axvline(0, color=_INK, linewidth=1)
-    axes.set_xlabel("general NLL, arm minus base, nats a token")
-    axes.set_ylabel("average performance after the last round, points")
+    axes.set_xlabel(drift)
+    axes.set_ylabel(gain)
     axes.grid(color=_GRID)
     return _png(figure)
 
 
-def _is_on_front(point: FrontPoint, points: Sequence[FrontPoint]) -> bool:
-    """No other point is as good on both axes and better on one."""
-    mine = (point.gain, -point.drift)
-    others = [(other.gain, -other.drift) for other in points]
-    return not any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in others)
+def _draw_point(axes: Axes, point: FrontPoint) -> None:
+    colour = _BLUE if point.is_on_front else _GREY
+    if point.drift_interval:
+        axes.plot(point.drift_interval, [point.gain] * 2, color=colour, linewidth=1.5, alpha=0.6)
+    if point.gain_interval:
+        axes.plot([point.drift] * 2, point.gain_interval, color=colour, linewidth=1.5, alpha=0.6)
+    axes.plot(point.drift, point.gain, "o", color=colour, markersize=8)
+    axes.annotate(point.name, (point.drift, point.gain), xytext=(7, 6),
+                  textcoords="offset points", color=_INK)  # fmt: skip
+
+
+def _draw_limit(axes: Axes, limit: Limit, points: Sequence[FrontPoint]) -> None:
+    axes.axvline(limit.max_drift, color=_RED, linewidth=1.2, linestyle="--",
+                 label=f"most drift, {limit.max_drift:g}")  # fmt: skip
+    chosen = next(point for point in points if point.name == limit.chosen)
+    axes.plot(chosen.drift, chosen.gain, "o", color=_GREEN, markersize=17, fillstyle="none",
+              markeredgewidth=2.2, linestyle="none", label=f"chosen, {chosen.name}")  # fmt: skip
+    axes.legend(frameon=False, loc="best")
 
 
 def _draw_means(axes: Axes, place: int, item: Comparison) -> None:

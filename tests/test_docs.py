@@ -64,6 +64,14 @@ def test_every_field_of_the_recipe_is_documented() -> None:
     assert [name for name in TrainConfig().to_json() if f"`{name}`" not in text] == []
 
 
+def test_every_option_of_the_search_is_documented() -> None:
+    text = (DOCS / "rounds.md").read_text()
+    options = [name for option in main.commands["tune"].params for name in option.opts]
+
+    assert len(options) > 5
+    assert [name for name in options if f"`{name}`" not in text] == []
+
+
 def test_links_between_pages_resolve() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]
     broken = [

@@ -34,7 +34,7 @@ def installation(tmp_path: Path) -> Any:
     some = deps(tmp_path, first_round())
     curate(some, a_round(1), None, tmp_path / "general.jsonl", data_folder(some, "rnd_1"))
     round_ = tmp_path / "rounds" / "rnd_1"
-    for name in ("train/teachers", "evaluation-1"):
+    for name in ("train/teachers", "evaluation-1", "tune/work"):
         (round_ / name).mkdir(parents=True)
     trunk = some.settings.model.cache_dir / "trunk"
     trunk.mkdir(parents=True)
@@ -62,6 +62,7 @@ def test_every_file_of_a_round_loses_the_row_and_keeps_the_others(installation: 
     assert not installation.trunk.exists()
     assert not (installation.round / "train" / "teachers").exists()
     assert not (installation.round / "evaluation-1").exists()
+    assert not (installation.round / "tune").exists()
     assert withdraw(installation) == 0
 
 

@@ -6,7 +6,15 @@ import pytest
 from matplotlib.image import imread
 
 from perennial.registry.gate import GateRules, SuiteKind, judge
-from perennial.registry.plots import LossPoint, plot_gain, plot_loss, plot_r_matrix
+from perennial.registry.plots import (
+    FrontPoint,
+    Limit,
+    LossPoint,
+    plot_front,
+    plot_gain,
+    plot_loss,
+    plot_r_matrix,
+)
 from tests.registry.builders import evidence, suite
 
 
@@ -41,6 +49,21 @@ def gain() -> bytes:
     return plot_gain(verdict.comparisons, "support-v2-0a1b2c3d against support-v1-00000000")
 
 
+def front() -> bytes:
+    points = [
+        FrontPoint(name="0.0005 × 4", gain=0.9, drift=-0.01, is_on_front=True),
+        FrontPoint(name="0.001 × 8", gain=1.6, drift=0.015, is_on_front=True,
+                   gain_interval=(1.4, 1.8), drift_interval=(0.01, 0.02)),
+        FrontPoint(name="0.002 × 4", gain=1.3, drift=0.03, is_on_front=False),
+    ]  # fmt: skip
+    limit = Limit(max_drift=0.02, chosen="0.001 × 8")
+    return plot_front(points, gain="gain, nats", drift="drift, nats", limit=limit)
+
+
+def empty_front() -> bytes:
+    return plot_front([], gain="gain", drift="drift")
+
+
 def empty_loss() -> bytes:
     return plot_loss([], "nothing yet")
 
@@ -49,7 +72,7 @@ def empty_gain() -> bytes:
     return plot_gain((), "nothing compared")
 
 
-@pytest.mark.parametrize("draw", [loss, r_matrix, gain, empty_loss, empty_gain])
+@pytest.mark.parametrize("draw", [loss, r_matrix, gain, front, empty_loss, empty_gain, empty_front])
 def test_a_picture_is_a_readable_png_with_ink(draw: Callable[[], bytes]) -> None:
     pixels = imread(BytesIO(draw()), format="png")
     height, width = pixels.shape[:2]
