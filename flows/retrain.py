@@ -232,6 +232,8 @@ def _model(deps: Deps) -> Json:
         "base_model": settings.name,
         "cache_dir": str(settings.cache_dir),
         "num_threads": settings.threads or None,
+        "device": settings.device,
+        "dtype": settings.dtype,
     }
 
 
