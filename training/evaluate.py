@@ -126,7 +126,8 @@ def base_top_k(
     encoded = [_encoded(tokenizer, row, limits.max_len) for row in rows]
     found = []
     for _, packed, logits_MV in _logits(model, encoded):
-        found += [top_k(part_MV, _KL_TOP_K) for part_MV in logits_MV.split(packed.num_labels)]
+        parts = torch.split(logits_MV, packed.num_labels)
+        found += [top_k(part_MV, _KL_TOP_K) for part_MV in parts]
     return found
 
 
@@ -144,10 +145,10 @@ def _references(
         log_probs = torch.log_softmax(logits_MV.float(), dim=-1)
         label_M = torch.from_numpy(packed.label_M).to(logits_MV.device)
         losses_M = -log_probs.gather(-1, label_M[:, None])[:, 0]
-        nlls = _means(losses_M.split(packed.num_labels))
+        nlls = _means(torch.split(losses_M, packed.num_labels))
         kls: list[float] | list[None] = [None] * len(span)
         if base:
-            parts = zip(span, logits_MV.split(packed.num_labels), strict=True)
+            parts = zip(span, torch.split(logits_MV, packed.num_labels), strict=True)
             kls = _means([forward_kl(part_MV, base[index]) for index, part_MV in parts])
         found += zip(nlls, kls, strict=True)
     return found

@@ -85,7 +85,7 @@ def peak_rss_mb() -> float:
 
 def peak_gpu_mb() -> float:
     """Most GPU memory that this process's tensors have held, in MB; 0 without a GPU."""
-    return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_initialized() else 0.0
+    return torch.cuda.max_memory_allocated() / 1e6
 
 
 def yield_cores() -> None:

@@ -140,10 +140,12 @@ def teach(
         part = None if trunks is None else [trunks[index] for index in span]
         with torch.no_grad():
             best = top_k(split.logits(packed, part), config.kl_top_k)
-        parts = (
-            part.cpu().split(packed.num_labels) for part in (best.tokens_TK, best.log_probs_TK)
+        tokens, log_probs = (
+            torch.split(part.cpu(), packed.num_labels)
+            for part in (best.tokens_TK, best.log_probs_TK)
         )
-        found += [TopK(tokens_TK=t, log_probs_TK=p) for t, p in zip(*parts, strict=True)]
+        parts = zip(tokens, log_probs, strict=True)
+        found += [TopK(tokens_TK=part, log_probs_TK=probs) for part, probs in parts]
     return found
 
 

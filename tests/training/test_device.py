@@ -47,9 +47,7 @@ CONFIG = TrainConfig(
     general_share=0.2,
 )
 BF16 = Place(device="cpu", dtype="bfloat16")
-LOSS_GAP = (
-    0.02  # bf16 keeps 8 bits of a number, so 0.4%; a round of sums adds up to some times that
-)
+LOSS_GAP = 0.01  # bf16 keeps 8 bits of a number; seen: 0.1% of a loss, 0.3% with DoRA
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
 
