@@ -367,7 +367,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_the_cpu(tiny: Path, tmp_path: Path, dt
 
 @GPU
 def test_refused_memory_of_a_gpu_halves_the_batch(tiny: Path, tmp_path: Path) -> None:
-    config = with_fields(epochs=1, batch_tokens=100_000, kernels="plain")
+    config = with_fields(epochs=1, batch_tokens=100_000, kernels="plain", top_layers=2)
     model = lora.attach(load_model(tiny, Place(device="cuda", dtype="float32")), config)
     with contextlib.ExitStack() as stack:
         stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0)
