@@ -153,6 +153,8 @@ def prepare(settings: Settings, request: Request) -> Bench:
             "base_model": str(folder.resolve()),
             "cache_dir": str(settings.model.cache_dir),
             "num_threads": settings.model.threads or chosen_threads(request.out),
+            "device": settings.model.device,
+            "dtype": settings.model.dtype,
         },
     )
     for arm in request.arms:

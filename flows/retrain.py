@@ -246,6 +246,8 @@ def _model(settings: Settings) -> Json:
         "base_model": settings.model.name,
         "cache_dir": str(settings.model.cache_dir),
         "num_threads": settings.model.threads or None,
+        "device": settings.model.device,
+        "dtype": settings.model.dtype,
     }
 
 

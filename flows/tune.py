@@ -48,6 +48,7 @@ from perennial.training.search import (
 )
 
 _DEV, _GENERAL, _MODEL = "dev", "general", "model"
+_MODEL_FIELDS = ("base_model", "cache_dir", "num_threads", "device", "dtype")
 _DEV_SHARE, _PROBE_SHARE, _MAX_PROBE, _MIN_ROWS = 0.2, 0.25, 64, 3
 _DIVERGED = 4  # or did not fit in memory: the exit status of a training
 _TRIAL = "trial.json"
@@ -198,7 +199,7 @@ class _Worker:
         (folder / _TRIAL).write_text(json.dumps(body))
 
     def _scores(self, adapter: str | None, work: Path) -> Json:
-        job = {name: self.search.job[name] for name in ("base_model", "cache_dir", "num_threads")}
+        job = {name: self.search.job[name] for name in _MODEL_FIELDS}
         job |= {"adapters": {_MODEL: adapter}}
         job |= {"suites": {name: str(path) for name, path in _suites(self.search.out).items()}}
         _write_json(work / "scores.json", job)

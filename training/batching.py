@@ -37,6 +37,12 @@ class Packed:
         return int(counts[0]), [int(size) for size in counts[1:]]
 
     @property
+    def num_labels(self) -> list[int]:
+        """Predicting positions of each row; they lie in the order of the rows."""
+        num_rows = len(self.sizes[1])
+        return [int(num) for num in np.bincount(self.owner_M, minlength=num_rows)]
+
+    @property
     def visible_NN(self) -> NDArray[np.bool_]:
         """True where the first token may attend to the second."""
         same = self.row_N[:, None] == self.row_N[None, :]

@@ -1,6 +1,6 @@
 """Frozen-trunk activations on disk, kept across epochs and rounds.
 
-An entry is named by base, layer and tokens, memory-mapped when read, and checked against its
+An entry is named by base, layer, dtype and tokens, memory-mapped when read, and checked against its
 digest: a damaged one is computed again and never used. The folder is bounded; entries that were not
 used for longest go first. It holds what users wrote in another form: erasure deletes it.
 """
@@ -27,7 +27,10 @@ _SUFFIX = ".trunk"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrunkCache:
-    """`base` and `tokenizer` are digests; entries are fp32, (T, width), after their SHA-256."""
+    """Entries are (T, width) in the model's dtype, after their SHA-256.
+
+    `base` and `tokenizer` are digests.
+    """
 
     folder: Path
     base: str
@@ -39,7 +42,10 @@ class TrunkCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = [self._path(split, row) for row in rows]
         width = int(split.model.config.hidden_size)
-        found = [_read(path, row, width) for path, row in zip(paths, rows, strict=True)]
+        found = [
+            _read(p, (row.num_tokens, width), split.dtype)
+            for p, row in zip(paths, rows, strict=True)
+        ]
         absent = [index for index, trunk in enumerate(found) if trunk is None]
         fresh = split.trunk([rows[index] for index in absent], batch_tokens)
         for index, trunk in zip(absent, fresh, strict=True):
@@ -50,8 +56,9 @@ class TrunkCache:
         return [trunk for trunk in found if trunk is not None]
 
     def _path(self, split: SplitModel, row: TokenRow) -> Path:
-        key = f"{self.base}\n{self.tokenizer}\n{split.num_frozen}\n".encode() + row.ids_T.tobytes()
-        return self.folder / (hashlib.sha256(key).hexdigest() + _SUFFIX)
+        made_by = f"{self.base}\n{self.tokenizer}\n{split.num_frozen}\n{split.dtype}\n"
+        key = hashlib.sha256(made_by.encode() + row.ids_T.tobytes())
+        return self.folder / (key.hexdigest() + _SUFFIX)
 
     def _evict(self) -> None:
         entries = sorted(self.folder.glob(f"*{_SUFFIX}"), key=lambda path: -path.stat().st_mtime_ns)
@@ -70,9 +77,9 @@ def folder_digest(folder: Path, pattern: str) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, row: TokenRow, width: int) -> Tensor | None:
+def _read(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
     """The entry, or None when it is absent, damaged or of another shape."""
-    size = _DIGEST_BYTES + 4 * row.num_tokens * width
+    size = _DIGEST_BYTES + dtype.itemsize * shape[0] * shape[1]
     if not path.is_file() or path.stat().st_size != size:
         return None
     raw = np.memmap(path, mode="c").view(np.ndarray)
@@ -80,13 +87,13 @@ def _read(path: Path, row: TokenRow, width: int) -> Tensor | None:
         _LOG.warning("trunk cache entry is damaged and computed again path=%s", path)
         return None
     os.utime(path)
-    return torch.from_numpy(raw[_DIGEST_BYTES:].view(np.float32).reshape(-1, width))
+    return torch.from_numpy(raw[_DIGEST_BYTES:]).view(dtype).view(shape)
 
 
 def _write(path: Path, trunk_TD: Tensor) -> None:
     # No fsync: an entry that a power loss cuts short fails its digest, and a full disk only costs
     # the computation.
-    body = trunk_TD.float().contiguous().numpy().tobytes()
+    body = trunk_TD.contiguous().view(torch.uint8).numpy().tobytes()
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         partial.write_bytes(hashlib.sha256(body).digest() + body)

@@ -73,7 +73,10 @@ def save(
 def restore(
     folder: Path, job: str, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> Cursor:
-    """Set weights and optimiser to the newest whole checkpoint of this job; step 0 without one."""
+    """Set weights and optimiser to the newest whole checkpoint of this job; step 0 without one.
+
+    The weights may be on another device than those that were saved.
+    """
     for found in sorted(folder.glob("step-*"), reverse=True):
         try:
             artifacts.verify(found)
@@ -94,4 +97,5 @@ def _load(path: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Opti
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[f"weight/{name}"])
-            optimizer.state[weight] = {key: tensors[f"{key}/{name}"] for key in keys}
+            moments = {key: tensors[f"{key}/{name}"].to(weight.device) for key in keys}
+            optimizer.state[weight] = moments

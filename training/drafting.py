@@ -73,12 +73,12 @@ def write_drafts(
 
 
 def sampled(generator: torch.Generator) -> Choose:
-    """Draws each next id from the model's distribution over its likeliest ids."""
+    """Draws each next id from the model's distribution over its likeliest ids, on the CPU."""
 
     def choose(logits_BV: Tensor) -> Tensor:
         top = logits_BV.float().topk(_TOP_K)
-        drawn_B1 = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
-        return top.indices.gather(-1, drawn_B1)[:, 0]
+        drawn_B1 = torch.multinomial(top.values.softmax(-1).cpu(), 1, generator=generator)
+        return top.indices.gather(-1, drawn_B1.to(logits_BV.device))[:, 0]
 
     return choose
 

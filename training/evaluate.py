@@ -127,9 +127,9 @@ def base_top_k(
     """The model's likeliest tokens at each position that predicts a reference, for each row."""
     encoded = [_encoded(tokenizer, row, limits.max_len) for row in rows]
     found = []
-    for span, packed, logits_MV in _logits(model, encoded):
-        owner_M = torch.from_numpy(packed.owner_M)
-        found += [top_k(logits_MV[owner_M == owner], _KL_TOP_K) for owner in range(len(span))]
+    for _, packed, logits_MV in _logits(model, encoded):
+        parts = torch.split(logits_MV, packed.num_labels)
+        found += [top_k(part_MV, _KL_TOP_K) for part_MV in parts]
     return found
 
 
@@ -145,13 +145,20 @@ def _references(
     found: list[tuple[float, float | None]] = []
     for span, packed, logits_MV in _logits(model, rows):
         log_probs = torch.log_softmax(logits_MV.float(), dim=-1)
-        losses_M = -log_probs.gather(-1, torch.from_numpy(packed.label_M)[:, None])[:, 0]
-        owner_M = torch.from_numpy(packed.owner_M)
-        for owner, index in enumerate(span):
-            own = owner_M == owner
-            kl = float(forward_kl(logits_MV[own], base[index]).mean()) if base else None
-            found.append((float(losses_M[own].mean()), kl))
+        label_M = torch.from_numpy(packed.label_M).to(logits_MV.device)
+        losses_M = -log_probs.gather(-1, label_M[:, None])[:, 0]
+        nlls = _means(torch.split(losses_M, packed.num_labels))
+        kls: list[float] | list[None] = [None] * len(span)
+        if base:
+            parts = zip(span, torch.split(logits_MV, packed.num_labels), strict=True)
+            kls = _means([forward_kl(part_MV, base[index]) for index, part_MV in parts])
+        found += zip(nlls, kls, strict=True)
     return found
+
+
+def _means(parts: Sequence[Tensor]) -> list[float]:
+    means: list[float] = torch.stack([part.mean() for part in parts]).tolist()
+    return means
 
 
 def _logits(
@@ -202,7 +209,8 @@ def generate_ids(
     """
     num_shared = _num_shared(prompts)
     cache = _prefix_cache(model, prompts[0][:num_shared], len(prompts))
-    ids_BT, mask_BT = _left_padded([prompt[num_shared:] for prompt in prompts], end)
+    padded = _left_padded([prompt[num_shared:] for prompt in prompts], end)
+    ids_BT, mask_BT = (part.to(model.device) for part in padded)
     mask_BT = torch.cat([mask_BT.new_ones(len(prompts), num_shared), mask_BT], dim=-1)
     position_B = mask_BT.sum(-1)
     new: list[list[int]] = [[] for _ in prompts]
@@ -220,15 +228,16 @@ def generate_ids(
             )
         cache = out.past_key_values
         next_B = choose(out.logits[:, -1])
-        going = (next_B != end).nonzero()[:, 0]
-        for index in going.tolist():
-            new[rows[index]].append(int(next_B[index]))
-        if not len(going):
+        tokens = next_B.tolist()
+        going = [index for index, token in enumerate(tokens) if token != end]
+        for index in going:
+            new[rows[index]].append(tokens[index])
+        if not going:
             break
         if len(going) < len(rows):
-            rows = [rows[index] for index in going.tolist()]
-            cache.batch_select_indices(going)
-            next_B, mask_BT, position_B = next_B[going], mask_BT[going], position_B[going]
+            rows, kept = [rows[index] for index in going], next_B.new_tensor(going)
+            cache.batch_select_indices(kept)
+            next_B, mask_BT, position_B = next_B[kept], mask_BT[kept], position_B[kept]
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=-1)
         ids_BT, positions_BT = next_B[:, None], position_B[:, None]
         position_B = position_B + 1
@@ -248,7 +257,8 @@ def _prefix_cache(model: Any, ids: Sequence[int], num_rows: int) -> Any:  # Any:
     if not ids:
         return None
     with torch.no_grad():
-        cache = model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+        ids_1T = torch.tensor([ids], device=model.device)
+        cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1)
     cache.past_key_values.batch_repeat_interleave(num_rows)
     return cache.past_key_values
 

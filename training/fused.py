@@ -20,11 +20,11 @@ _ADAPTER = "default"
 
 
 def can_fuse(model: Any) -> bool:  # Any: transformers
-    """True where the layers are Llama's, in fp32, and the adapter, if any, is plain LoRA."""
+    """True where the layers are Llama's in fp32 or bf16 and the adapter, if any, is plain LoRA."""
     config = model.config
     dora = any(getattr(module, "use_dora", {}).get(_ADAPTER) for module in model.modules())
     is_known = config.model_type in _TYPES and config.hidden_act == "silu"
-    return is_known and model.dtype == torch.float32 and not dora
+    return is_known and model.dtype in (torch.float32, torch.bfloat16) and not dora
 
 
 class FusedLayer:
@@ -62,12 +62,15 @@ class FusedLayer:
 
 
 class Rows:
-    """How packed tokens fall into the shared prefix and the rows; each row's mask, made once."""
+    """How packed tokens fall into the shared prefix and the rows; each row's mask, made once.
 
-    def __init__(self, num_prefix: int, sizes: Sequence[int]) -> None:
+    Masks have the device and the dtype of `like`.
+    """
+
+    def __init__(self, num_prefix: int, sizes: Sequence[int], like: Tensor) -> None:
         self.num_prefix = num_prefix
         self.sizes = tuple(sizes)
-        self.masks = [_mask(num_prefix, size) for size in sizes] if num_prefix else None
+        self.masks = [_mask(num_prefix, size, like) for size in sizes] if num_prefix else None
 
 
 def attend(query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, rows: Rows) -> Tensor:
@@ -93,14 +96,18 @@ def attend(query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, rows: Rows) ->
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and query.is_cuda:
+        # Flash attention takes no mask, the memory-efficient one no groups of queries.
+        num = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(num, 1), value.repeat_interleave(num, 1)
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
 
 
-def _mask(num_prefix: int, size: int) -> Tensor:
-    hidden = torch.ones(size, num_prefix + size, dtype=torch.bool).triu(num_prefix + 1)
-    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+def _mask(num_prefix: int, size: int, like: Tensor) -> Tensor:
+    hidden = like.new_ones(size, num_prefix + size, dtype=torch.bool).triu(num_prefix + 1)
+    return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
 def _norm(hidden: Tensor, module: Any) -> Tensor:  # Any: transformers
@@ -145,13 +152,17 @@ class _Group:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = residual + x Wᵀ + b + s·[(x Aᵢᵀ) Bᵢᵀ]ᵢ with W, b frozen (Hu et al. 2021, eq. 3)."""
+    """y = residual + x Wᵀ + b + s·[(x Aᵢᵀ) Bᵢᵀ]ᵢ with W, b frozen (Hu et al. 2021, eq. 3).
+
+    A and B are fp32 and multiplied in the dtype of x.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *given: Any) -> Tensor:  # Any: torch
         weight, bias, scale, *factors = given
         half = len(factors) // 2
-        a_RD, bs = torch.cat(factors[:half]), factors[half:]
+        a_RD = torch.cat(factors[:half]).to(x.dtype)
+        bs = [factor.to(x.dtype) for factor in factors[half:]]
         low_NR = x @ a_RD.T
         y = x @ weight.T if residual is None else torch.addmm(residual, x, weight.T)
         if bias is not None:
@@ -173,10 +184,11 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_NO @ weight).addmm_(back_NR, a_RD)
-        grad_as = (back_NR.T @ x).chunk(len(bs))
+        grad_as = (back_NR.T @ x).float().chunk(len(bs))
         lows = low_NR.chunk(len(bs), 1)
         grad_bs = [
-            torch.mm(grad.T, low).mul_(ctx.scale) for grad, low in zip(parts, lows, strict=True)
+            torch.mm(grad.T, low).float().mul_(ctx.scale)
+            for grad, low in zip(parts, lows, strict=True)
         ]
         residual = grad_NO if ctx.has_residual else None
         return (grad_x, residual, None, None, None, *grad_as, *grad_bs)
@@ -187,21 +199,22 @@ def _columns(whole_NO: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = w·x / √(mean(x²) + ε) with w frozen (Zhang & Sennrich 2019, eq. 4)."""
+    """y = w·x / √(mean(x²) + ε) with w frozen, in fp32 (Zhang & Sennrich 2019, eq. 4)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:  # Any: torch
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        wide = x.float()
+        norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return (wide * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # Any: torch
         x, weight, inverse = ctx.saved_tensors
-        grad = grads[0] * weight
-        along = (grad * x).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(x.shape[-1])
-        return grad.mul_(inverse).addcmul_(x, along, value=-1), None, None
+        grad, wide = grads[0].float() * weight, x.float()
+        along = (grad * wide).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(x.shape[-1])
+        return grad.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None
 
 
 class _Rotate(torch.autograd.Function):

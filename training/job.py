@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 from perennial.infra.artifacts import MANIFEST
 from perennial.infra.errors import ConfigError, InputError
 from perennial.training import config as configs
 from perennial.training.config import TrainConfig
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,8 @@ class TrainJob:
     judgement_rows: Path | None
     config: TrainConfig
     num_threads: int | None  # None: chosen from the machine
+    device: Device
+    dtype: DType
     digest: str  # of the settings and of the bytes of every input; names the job's checkpoints
 
 
@@ -48,6 +53,8 @@ class EvalJob:
     suites: Mapping[str, Path]
     max_new_tokens: int
     num_threads: int | None
+    device: Device
+    dtype: DType
     kl_suites: tuple[str, ...]  # on these the KL to the base model is measured too
 
 
@@ -60,6 +67,8 @@ class DraftJob:
     num_rows: int
     seed: int
     num_threads: int | None
+    device: Device
+    dtype: DType
 
 
 def read_train_job(path: Path) -> TrainJob:
@@ -97,6 +106,8 @@ def read_train_job(path: Path) -> TrainJob:
         judgement_rows=rows["judgement_rows"],
         config=config,
         num_threads=_threads(raw),
+        device=_choice(raw, "device", get_args(Device)),
+        dtype=_choice(raw, "dtype", get_args(DType)),
         digest=_digest(settings, (*rows.values(), *adapters, manifest)),
     )
 
@@ -120,13 +131,15 @@ def read_eval_job(path: Path) -> EvalJob:
         suites=MappingProxyType({name: home / _text(suites, name) for name in suites}),
         max_new_tokens=_positive(raw, "max_new_tokens", 32),
         num_threads=_threads(raw),
+        device=_choice(raw, "device", get_args(Device)),
+        dtype=_choice(raw, "dtype", get_args(DType)),
         kl_suites=tuple(kl_suites),
     )
 
 
 def read_draft_job(path: Path) -> DraftJob:
     """The job in a JSON file; errors as in `read_train_job`."""
-    optional = ("cache_dir", "seed", "num_threads")
+    optional = ("cache_dir", "seed", *_MACHINE)
     raw = _read(path, required=("base_model", "num_rows"), optional=optional)
     seed = raw.get("seed", 0)
     if type(seed) is not int:
@@ -137,6 +150,8 @@ def read_draft_job(path: Path) -> DraftJob:
         num_rows=_positive(raw, "num_rows"),
         seed=seed,
         num_threads=_threads(raw),
+        device=_choice(raw, "device", get_args(Device)),
+        dtype=_choice(raw, "dtype", get_args(DType)),
     )
 
 
@@ -146,7 +161,8 @@ def left_by(adapter: Path) -> dict[str, str]:
     return {name: str(folder) for name, folder in beside.items() if folder.exists()}
 
 
-_EVAL_OPTIONAL = ("cache_dir", "num_threads", "max_new_tokens", "kl_suites")
+_MACHINE = ("num_threads", "device", "dtype")
+_EVAL_OPTIONAL = ("cache_dir", *_MACHINE, "max_new_tokens", "kl_suites")
 _ROWS = ("train_rows", "replay_rows", "general_rows", "pair_rows", "judgement_rows", "dev_rows")
 _TRAIN_OPTIONAL = (
     "cache_dir",
@@ -155,7 +171,7 @@ _TRAIN_OPTIONAL = (
     "teachers",
     *_ROWS[1:],
     "config",
-    "num_threads",
+    *_MACHINE,
 )
 
 
@@ -205,6 +221,13 @@ def _threads(raw: Mapping[str, Any]) -> int | None:
     value = raw.get("num_threads")
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigError(f"num_threads must be a positive int or null, got {value!r}")
+    return value
+
+
+def _choice(raw: Mapping[str, Any], name: str, allowed: tuple[Any, ...]) -> Any:  # Any: a Literal
+    value = raw.get(name, "auto")
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", name=name)
     return value
 
 

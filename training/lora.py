@@ -89,9 +89,9 @@ def load_into(model: Any, folder: Path) -> None:  # Any: peft
 
 
 def state(model: Any) -> dict[str, Tensor]:  # Any: peft
-    """A copy of the adapter's tensors by PEFT name."""
+    """A copy of the adapter's tensors by PEFT name, on the CPU."""
     found = peft.get_peft_model_state_dict(model)
-    return {name: weight.detach().clone() for name, weight in found.items()}
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in found.items()}
 
 
 def set_state(model: Any, given: Mapping[str, Tensor], origin: Path) -> None:  # Any: peft
@@ -109,7 +109,8 @@ def set_state(model: Any, given: Mapping[str, Tensor], origin: Path) -> None:  #
 def merge(model: Any, folder: Path) -> dict[str, Tensor]:  # Any: transformers
     """Add the ΔW in `folder` to a plain model; returns the replaced weights for `unmerge`.
 
-    Merged weights spare evaluation the adapter's extra products; ΔW is added in fp32.
+    Merged weights spare evaluation the adapter's extra products; ΔW is added in fp32, and the sum
+    rounded to the dtype of the model.
     """
     fields = json.loads((folder / CONFIG).read_text())
     rank = fields["r"]
@@ -121,13 +122,13 @@ def merge(model: Any, folder: Path) -> dict[str, Tensor]:  # Any: transformers
             key = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
             weight = model.get_parameter(key)
             kept[key] = weight.detach().clone()
-            b = state[name.replace("lora_A", "lora_B")]
-            changed = weight + scale * (b.float() @ state[name].float()).to(weight.dtype)
+            a, b = (state[n].to(weight.device) for n in (name, name.replace("lora_A", "lora_B")))
+            changed = weight + scale * (b.float() @ a.float())
             magnitude = state.get(name.replace("lora_A.weight", "lora_magnitude_vector"))
             if (
                 magnitude is not None
             ):  # DoRA: the rows' lengths are learned (Liu et al. 2024, eq. 5)
-                changed *= (magnitude / changed.norm(dim=1))[:, None]
+                changed *= (magnitude.to(weight.device) / changed.norm(dim=1))[:, None]
             weight.copy_(changed)
     return kept
 

@@ -34,6 +34,15 @@ class Targets:
     tokens_MK: Tensor
     probs_MK: Tensor
 
+    def to(self, device: torch.device) -> "Targets":
+        """The same on another device."""
+        return Targets(
+            label_M=self.label_M.to(device),
+            blend_M=self.blend_M.to(device),
+            tokens_MK=self.tokens_MK.to(device),
+            probs_MK=self.probs_MK.to(device),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionLosses:
@@ -107,18 +116,19 @@ class _HeadLoss(torch.autograd.Function):
 
     With q the model and p̃ the teacher, whose rest is spread as q spreads its own, the gradient by
     the logits is q - (1 - b)·onehot - b·p̃. The head is frozen, so only M x D numbers are kept.
+    Products are in the head's dtype, the loss and its gradient by the logits in fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets: Targets) -> Any:
         num = len(hidden_MD)
-        found_3M = hidden_MD.new_empty(3, num)
+        found_3M = hidden_MD.new_empty(3, num, dtype=torch.float32)
         grad_MD = torch.empty_like(hidden_MD)
         for start in range(0, num, _CHUNK):
             part = slice(start, start + _CHUNK)
-            logits_MV = hidden_MD[part] @ weight_VD.T
+            logits_MV = (hidden_MD[part] @ weight_VD.T).float()
             found_3M[:, part] = _losses_and_gradient_(logits_MV, _sliced(targets, part))
-            torch.mm(logits_MV, weight_VD, out=grad_MD[part])
+            torch.mm(logits_MV.to(weight_VD.dtype), weight_VD, out=grad_MD[part])
         loss_M, ce_M, kl_M = found_3M.unbind()
         ctx.save_for_backward(grad_MD)
         ctx.mark_non_differentiable(ce_M, kl_M)
@@ -127,7 +137,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # Any: torch
         (grad_MD,) = ctx.saved_tensors
-        return grad_MD * grads[0][:, None], None, None
+        return (grad_MD * grads[0][:, None]).to(grad_MD.dtype), None, None
 
 
 def _losses_and_gradient_(logits_MV: Tensor, targets: Targets) -> Tensor:
@@ -138,7 +148,8 @@ def _losses_and_gradient_(logits_MV: Tensor, targets: Targets) -> Tensor:
     ours_MK = logits_MV.gather(-1, targets.tokens_MK) - log_total
     kl_M = _kl(ours_MK, targets.probs_MK)
     q_MV = logits_MV.sub_(log_total).exp_()
-    if bool(blend_M.any()):
+    # Of another device than the CPU the numbers are not asked for: that would wait for it.
+    if targets.tokens_MK.shape[1] and (not blend_M.is_cpu or bool(blend_M.any())):
         rest = _rest(targets.probs_MK) / _rest(ours_MK.exp())
         kept_MK = ours_MK.exp() - blend_M[:, None] * targets.probs_MK
         is_taught = blend_M[:, None] > 0

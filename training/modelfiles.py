@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from perennial.infra import artifacts
 from perennial.infra.errors import ModelMissingError
+from perennial.training.machine import CPU, Place
 
 _LOG = logging.getLogger(__name__)
 _BUNDLED = "smollm2-135m"
@@ -43,15 +44,15 @@ def ensure_base_model(name_or_path: str, cache_dir: Path) -> Path:
     return target
 
 
-def load_model(folder: Path) -> Any:  # Any: transformers
-    """The causal language model in fp32, frozen, in evaluation mode."""
+def load_model(folder: Path, place: Place = CPU) -> Any:  # Any: transformers
+    """The causal language model, frozen, in evaluation mode."""
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            folder, dtype=place.torch_dtype, attn_implementation="sdpa", local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise ModelMissingError(_missing(str(folder)), model=str(folder)) from error
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(place.device)
 
 
 def load_tokenizer(folder: Path) -> Any:  # Any: transformers

@@ -131,7 +131,7 @@ def teach(
     scope: str,
     config: TrainConfig,
 ) -> list[TopK]:
-    """The model's top K at the labels of each row; entry i is for the i-th label."""
+    """The model's top K at the labels of each row, on the CPU; entry i is for the i-th label."""
     # Tokens of a shared prefix are no row's own, so with every token a label a row stands alone.
     budget = config.batch_tokens if scope == "completion" else 0
     found = []
@@ -140,10 +140,12 @@ def teach(
         part = None if trunks is None else [trunks[index] for index in span]
         with torch.no_grad():
             best = top_k(split.logits(packed, part), config.kl_top_k)
-        for owner in range(len(span)):
-            own = torch.from_numpy(packed.owner_M == owner)
-            tokens, log_probs = best.tokens_TK[own], best.log_probs_TK[own]
-            found.append(TopK(tokens_TK=tokens, log_probs_TK=log_probs))
+        tokens, log_probs = (
+            torch.split(part.cpu(), packed.num_labels)
+            for part in (best.tokens_TK, best.log_probs_TK)
+        )
+        parts = zip(tokens, log_probs, strict=True)
+        found += [TopK(tokens_TK=part, log_probs_TK=probs) for part, probs in parts]
     return found
 
 
@@ -174,18 +176,19 @@ def batch_loss(
     kinds, dropped = _row_settings(units, batch, config, step)
     packed = pack(rows, labels=kinds, dropped=dropped)
     trunks = [trunk for pick in batch for trunk in _learning_trunks(prepared, pick)] or None
-    found = prepared.split.losses(packed, trunks, _targets(prepared, batch, packed, rows))
+    split, targets = prepared.split, _targets(prepared, batch, packed, rows)
+    found = split.losses(packed, trunks, targets.to(split.device))
     of_row_R = [index for index, unit in enumerate(units) for _ in rows_of(unit)]
     source_M = np.array([_source(units[i], batch[i].source) for i in of_row_R])[packed.owner_M]
-    is_general, is_labelled = (torch.from_numpy(source_M == s) for s in (GENERAL, NEW))
-    ce = found.loss_M[is_labelled].sum() / max(1, over.labels)
-    kl = found.loss_M[is_general].sum() / max(1, over.general)
+    general, labelled = (split.on_device(np.flatnonzero(source_M == s)) for s in (GENERAL, NEW))
+    ce = found.loss_M[labelled].sum() / max(1, over.labels)
+    kl = found.loss_M[general].sum() / max(1, over.general)
     preference = _preference_loss(prepared, batch, packed, found.loss_M, over, config)
     total = ce + config.kl_weight * kl + config.preference_weight * preference
     return BatchLoss(
         total=total,
-        cross_entropy=_mean(found.ce_M[is_labelled], over.labels),
-        kl=_mean(found.kl_M[is_general], over.general),
+        cross_entropy=_mean(found.ce_M[labelled], over.labels),
+        kl=_mean(found.kl_M[general], over.general),
         preference=preference.item() if over.pairs + over.judged else None,
         num_tokens=len(packed.ids_N),
         row_losses=_row_losses(rows, packed, found.loss_M),
@@ -256,7 +259,7 @@ def _scores(split: SplitModel, rows: Sequence[TokenRow], trunks: Sequence[Tensor
     """Log-probability of each completion, without gradient."""
     packed = pack(rows, labels=["completion"] * len(rows))
     with torch.no_grad():
-        losses = split.losses(packed, trunks, _labels(packed))
+        losses = split.losses(packed, trunks, _labels(packed).to(split.device))
     return _log_probs(packed, losses.loss_M, len(rows))
 
 
@@ -356,26 +359,27 @@ def _judged_loss(
     trunks = prepared.trunks.get(_key(pick))
     scores_R = _scores(prepared.split, group.mismatched, trunks[num:] if trunks else None)
     reference = prepared.references[_key(pick)]
-    is_desirable = torch.tensor([label == "desirable" for label in group.labels])
+    is_desirable = ours_R.new_tensor([label == "desirable" for label in group.labels])
     losses = kto(
         ours_R - reference[:num],
         scores_R - reference[num:],
         is_desirable,
         beta=config.preference_beta,
     )
-    return (torch.tensor(group.weights) * losses).sum()
+    return (ours_R.new_tensor(group.weights) * losses).sum()
 
 
 def _log_probs(packed: Packed, loss_M: Tensor, num_rows: int) -> Tensor:
-    return loss_M.new_zeros(num_rows).index_add(0, torch.from_numpy(packed.owner_M), -loss_M)
+    owner_M = torch.from_numpy(packed.owner_M).to(loss_M.device)
+    return loss_M.new_zeros(num_rows).index_add(0, owner_M, -loss_M)
 
 
 def _row_losses(
     rows: Sequence[TokenRow], packed: Packed, loss_M: Tensor
 ) -> dict[str, float]:  # fmt: skip
     total_R = _log_probs(packed, -loss_M.detach(), len(rows)).tolist()
-    num_R = np.bincount(packed.owner_M, minlength=len(rows)).clip(1)
-    return {row.id: total / int(num) for row, total, num in zip(rows, total_R, num_R, strict=True)}
+    nums = [max(1, num) for num in packed.num_labels]
+    return {row.id: total / num for row, total, num in zip(rows, total_R, nums, strict=True)}
 
 
 def _mean(values: Tensor, num: int) -> float | None:

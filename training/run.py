@@ -31,6 +31,7 @@ from perennial.infra.errors import (
     TrainingError,
     UnavailableError,
 )
+from perennial.infra.settings import fix_cublas_workspace
 from perennial.training import lora, modelfiles, rounds, trainer
 from perennial.training.cache import TrunkCache, folder_digest
 from perennial.training.config import Start, TrainConfig
@@ -52,7 +53,14 @@ from perennial.training.job import (
     read_eval_job,
     read_train_job,
 )
-from perennial.training.machine import choose_threads, peak_rss_mb, yield_cores
+from perennial.training.machine import (
+    Place,
+    choose_place,
+    choose_threads,
+    peak_gpu_mb,
+    peak_rss_mb,
+    yield_cores,
+)
 from perennial.training.objective import Sources, TrunkOf, teach
 from perennial.training.progress import Meter, ProgressLog
 from perennial.training.recipes import RECIPES
@@ -102,7 +110,8 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
         console.print(f"already trained: {adapter}", highlight=False)
         return
     started = time.monotonic()
-    num_threads = choose_threads(job.num_threads)
+    num_threads, place = choose_threads(job.num_threads), choose_place(job.device, job.dtype)
+    fix_cublas_workspace()
     torch.use_deterministic_algorithms(True)
     # It would fill every new tensor, 3% of a round; nothing reads memory before it is written.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
@@ -111,7 +120,7 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
     base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     is_rebuild = parent is not None and beginning.start == "base"
     rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
-    model = lora.attach(modelfiles.load_model(base), job.config)
+    model = lora.attach(modelfiles.load_model(base, place), job.config)
     _load_start(model, job, beginning.start)
     checkpoints = out / "checkpoints"
     trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
@@ -123,7 +132,7 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
     lineage = rounds.after(None if is_rebuild else parent, trained.kl_to_base)
     manifest = artifacts.publish(adapter, lambda inner: _write_adapter(model, job, lineage, inner))
     body = {
-        **_summary(job, trained, rows, manifest.digest, num_threads),
+        **_summary(job, trained, rows, manifest.digest, num_threads, place),
         "start": asdict(beginning),
         "lineage": asdict(lineage),
         "dev_loss_by_alpha": alphas,
@@ -140,10 +149,11 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
     """Fill `out` with <adapter>/<suite>.jsonl, one line a row, and summary.json."""
     started = time.monotonic()
     choose_threads(job.num_threads)
+    place = choose_place(job.device, job.dtype)
     suites = {name: read_suite(path) for name, path in job.suites.items()}
     folder = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     tokenizer = modelfiles.load_tokenizer(folder)
-    model = modelfiles.load_model(folder)
+    model = modelfiles.load_model(folder, place)
     limits = Limits(max_new_tokens=job.max_new_tokens)
     base = {name: base_top_k(model, tokenizer, suites[name], limits) for name in job.kl_suites}
     table: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -158,7 +168,8 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
             table[name][suite] = asdict(summary)
             console.print(_eval_line(name, suite, summary), highlight=False)
         lora.unmerge(model, kept)
-    body = {"results": table, "wall_s": time.monotonic() - started, "peak_rss_mb": peak_rss_mb()}
+    wall_s = time.monotonic() - started
+    body = {"results": table, "wall_s": wall_s, **asdict(place), **_peaks()}
     artifacts.write_atomic(out / "summary.json", json.dumps(body, indent=1).encode())
 
 
@@ -170,11 +181,13 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     key = hashlib.sha256(repr((*files, job.seed, job.num_rows)).encode()).hexdigest()[:16]
     batches = out / f"{key}-batches"
     if not (out / key).exists():
+        fix_cublas_workspace()
         torch.use_deterministic_algorithms(True)
         _choose_threads_once(batches / "num_threads", job.num_threads)
 
     def write(folder: Path) -> None:
-        model, tokenizer = modelfiles.load_model(base), modelfiles.load_tokenizer(base)
+        place = choose_place(job.device, job.dtype)
+        model, tokenizer = modelfiles.load_model(base, place), modelfiles.load_tokenizer(base)
         with Meter("draft", console) as meter:
             drafts = write_drafts(model, tokenizer, job.num_rows, job.seed, batches, meter)
         write_general(folder / "general.jsonl", drafts)
@@ -286,7 +299,7 @@ def _trunk_of(job: TrainJob, model_folder: Path) -> TrunkOf:
 
 
 def _summary(
-    job: TrainJob, trained: Trained, rows: Rows, digest: str, num_threads: int
+    job: TrainJob, trained: Trained, rows: Rows, digest: str, num_threads: int, place: Place
 ) -> dict[str, object]:
     return {
         **asdict(trained),
@@ -299,8 +312,13 @@ def _summary(
         "num_taught": len(rows.sources.teachers),
         "left_out": [asdict(row) for row in rows.left_out],
         "num_threads": num_threads,
-        "peak_rss_mb": peak_rss_mb(),
+        **asdict(place),
+        **_peaks(),
     }
+
+
+def _peaks() -> dict[str, float]:
+    return {"peak_rss_mb": peak_rss_mb(), "peak_gpu_mb": peak_gpu_mb()}
 
 
 def _num_rows(sources: Sources) -> dict[str, int]:

@@ -195,6 +195,7 @@ def model(args: argparse.Namespace) -> dict[str, Any]:
         "base_model": args.base_model,
         "cache_dir": str((args.out / "models").resolve()),
         "num_threads": args.threads,
+        "device": "cpu",  # as the peers
     }
 
 

@@ -76,6 +76,7 @@ def write_job(folder: Path, **fields: Any) -> Path:
         "train_rows": "new.jsonl",
         "general_rows": "general.jsonl",
         "num_threads": 1,
+        "device": "cpu",
         "config": {"rank": 4, "epochs": 6, "batch_tokens": 100, "lr": 5e-3, "checkpoint_steps": 3},
     }
     path = folder / "job.json"

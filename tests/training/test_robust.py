@@ -155,6 +155,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_from_it
 
 def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
     class Refusing:
+        device = torch.device("cpu")
+
         def losses(self, *_: Any) -> Any:
             raise MemoryError
 
