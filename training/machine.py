@@ -2,9 +2,9 @@
 
 import os
 import resource
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -79,8 +79,11 @@ def choose_threads(wanted: int | None) -> int:
 
 def peak_rss_mb() -> float:
     """Most memory this process has held, in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage begins with the peak of the process that began it
+        peak_kib = status.read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]
+        return float(peak_kib) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def peak_gpu_mb() -> float:

@@ -78,7 +78,7 @@ def after(parent: Lineage | None, kl_to_base: float | None) -> Lineage:
 def orthogonal(state: State) -> dict[str, Tensor]:
     """The fast adapter's start: A with the orthonormal rows of its space, B as it was.
 
-    Qiao & Mahdavi 2025, "Merge before Forget" (SLAO), the initialisation: A ← Q with QR = Aᵀ.
+    Qiao & Mahdavi 2025 (SLAO, arXiv:2512.23017), the initialisation: A ← Qᵀ with QR = Aᵀ.
     """
     return {
         name: torch.linalg.qr(weight.T).Q.T.contiguous() if "lora_A" in name else weight

@@ -1,33 +1,41 @@
 """One round beside the trainer a user would pick: the same rows, epochs, rank and threads.
 
-    python tests/bench/round.py [--rows 64] [--epochs 3] [--threads 2] [--seed 0] [--out DIR]
+    python tests/bench/round.py [--rows 64] [--epochs 3] [--threads 2] [--seeds 0,1,2] [--out DIR]
 
-Arms, each in a process of its own: our round (recipe `sft`, other settings as shipped), TRL's
-SFTTrainer as it comes, and SFTTrainer at its best here (packing "bfd", as many tokens a step as we
-take, no activation checkpointing). TRL gets our learning rate, since its own default learns nothing
-in three epochs. Wall time is from loading the model to the saved adapter; caches are cold. All
-adapters are then scored in one process on questions that none has seen, and on general answers.
-Prints a table and, as the last line, `RESULT {json}`.
+Arms, each in a process of its own: our round (recipe `sft`, other settings as shipped), the same
+with an adapter on every layer as TRL has it, TRL's SFTTrainer as it comes, and SFTTrainer at its
+best here (packing "bfd", as many tokens a step as we take, no activation checkpointing). TRL gets
+our learning rate, since its own default learns nothing in three epochs. Wall time is from loading
+the model to the saved adapter; caches are cold. All adapters are then scored in one process on
+questions that none has seen, and on general answers. All arms run once for a seed, so that a slow
+minute of the machine does not fall on one of them. Prints a table of medians and, as the last line,
+`RESULT {json}`: `wall_vs_trl_…` is the median, over the seeds, of the ratio of our fastest arm that
+learned as much as that peer, null if none did.
 """
 
 import argparse
 import json
 import os
-import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from perennial.training import modelfiles
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Example, read_examples, write_examples
+from perennial.training.machine import peak_rss_mb
 from perennial.training.tokens import encode_example
 
 DESK = Path(__file__).parents[2] / "flows" / "desk"
+OURS: Mapping[str, dict[str, int]] = {"perennial": {}, "perennial-all-layers": {"top_layers": 99}}
 PEERS = ("trl-default", "trl-bfd")
+SUITES = ("held_out", "general")
+Figures = dict[str, float]  # seconds, MB, nats a token
 
 
 def main() -> int:
@@ -36,7 +44,8 @@ def main() -> int:
     if args.arm:
         train_peer(args)
         return 0
-    modelfiles.ensure_base_model(args.base_model, args.out / "models")
+    folder = modelfiles.ensure_base_model(args.base_model, args.out / "models")
+    args.base_model = str(folder.resolve())
     facts = jsonl(DESK / "act1.jsonl")
     rows = [
         example(f"{fact['id']}/{i}", question, fact["answer"])
@@ -45,28 +54,37 @@ def main() -> int:
         for question in fact["questions"][i : i + 1]
     ][: args.rows]
     write_examples(args.out / "rows.jsonl", rows)
-    wall = {"perennial": train_ours(args), **{arm: run_peer(args, arm) for arm in PEERS}}
-    report(args, len(rows), wall, held_out_losses(args, facts))
+    write_suites(args.out, rows, facts)
+    report(args, len(rows), [measure(args, seed) for seed in args.seeds])
     return 0
 
 
-def train_ours(args: argparse.Namespace) -> dict[str, float]:
+def measure(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
+    """Every arm once: what it cost, and its losses."""
+    out = args.out / f"seed-{seed}"
+    out.mkdir(exist_ok=True)
+    found = {arm: train_ours(args, arm, seed) for arm in OURS}
+    found |= {arm: run_peer(args, arm, seed) for arm in PEERS}
+    return {arm: row | found.get(arm, {}) for arm, row in losses(args, seed).items()}
+
+
+def train_ours(args: argparse.Namespace, arm: str, seed: int) -> Figures:
     """Wall seconds and peak memory of our round, from its own summary."""
-    config = {"recipe": "sft", "epochs": args.epochs, "seed": args.seed}
-    job = {**model(args), "train_rows": "rows.jsonl", "config": config}
-    process(args, "train", job, "perennial")
-    summary = json.loads((args.out / "perennial" / "summary.json").read_bytes())
+    config = {"recipe": "sft", "epochs": args.epochs, "seed": seed, **OURS[arm]}
+    job = {**model(args), "train_rows": "../rows.jsonl", "config": config}
+    out = args.out / f"seed-{seed}"
+    process(out, "train", job, arm)
+    summary = json.loads((out / arm / "summary.json").read_bytes())
     return {name: summary[name] for name in ("wall_s", "peak_rss_mb")}
 
 
-def run_peer(args: argparse.Namespace, arm: str) -> dict[str, float]:
+def run_peer(args: argparse.Namespace, arm: str, seed: int) -> Figures:
     """The same of a peer, from the line that its process prints last."""
-    values = ("rows", "epochs", "threads", "seed", "out", "base_model")
-    argv = [sys.executable, __file__, "--arm", arm]
-    for name in values:
+    argv = [sys.executable, __file__, "--arm", arm, "--seeds", str(seed)]
+    for name in ("rows", "epochs", "threads", "out", "base_model"):
         argv += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    measured: Figures = json.loads(done.stdout.splitlines()[-1])
     return measured
 
 
@@ -78,10 +96,10 @@ def train_peer(args: argparse.Namespace) -> None:
     import trl
 
     torch.set_num_threads(args.threads)
-    ours = TrainConfig()
+    ours, out = TrainConfig(), args.out / f"seed-{args.seeds[0]}"
     rows = read_examples(args.out / "rows.jsonl")
     started = time.monotonic()
-    folder = modelfiles.ensure_base_model(args.base_model, args.out / "models")
+    folder = Path(args.base_model)
     tokenizer = modelfiles.load_tokenizer(folder)
     trainer = trl.SFTTrainer(
         model=modelfiles.load_model(folder),
@@ -91,11 +109,11 @@ def train_peer(args: argparse.Namespace) -> None:
             r=ours.rank, lora_alpha=ours.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
         args=trl.SFTConfig(
-            output_dir=str(args.out / f"{args.arm}-state"),
+            output_dir=str(out / f"{args.arm}-state"),
             num_train_epochs=args.epochs,
             learning_rate=ours.lr,
             completion_only_loss=True,
-            seed=args.seed,
+            seed=args.seeds[0],
             use_cpu=True,
             bf16=False,  # it raises on this kind of processor
             save_strategy="no",
@@ -105,11 +123,9 @@ def train_peer(args: argparse.Namespace) -> None:
         ),
     )
     trainer.train()
-    trainer.save_model(str(args.out / args.arm))
+    trainer.save_model(str(out / args.arm))
     wall_s = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_mb = peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-    print("\n" + json.dumps({"wall_s": wall_s, "peak_rss_mb": peak_mb}))
+    print("\n" + json.dumps({"wall_s": wall_s, "peak_rss_mb": peak_rss_mb()}))
 
 
 def packed(arm: str, ours: TrainConfig) -> dict[str, Any]:
@@ -125,11 +141,9 @@ def packed(arm: str, ours: TrainConfig) -> dict[str, Any]:
     }
 
 
-def held_out_losses(
-    args: argparse.Namespace, facts: list[dict[str, Any]]
-) -> dict[str, dict[str, float]]:
-    """Mean NLL by adapter and suite, all scored in one process."""
-    known = {row.id.partition("/")[0] for row in read_examples(args.out / "rows.jsonl")}
+def write_suites(out: Path, rows: list[Example], facts: list[dict[str, Any]]) -> None:
+    """What the adapters are judged by: other questions about the same facts, general answers."""
+    known = {row.id.partition("/")[0] for row in rows}
     suites = {
         "held_out": [
             judged(f"{fact['id']}/h{i}", question, fact["answer"])
@@ -144,56 +158,74 @@ def held_out_losses(
     }
     for name, suite in suites.items():
         lines = "".join(json.dumps(row) + "\n" for row in suite)
-        (args.out / f"suite-{name}.jsonl").write_text(lines, encoding="utf-8")
-    adapters = {"base": None, "perennial": "perennial/adapter", **{arm: arm for arm in PEERS}}
-    job = {
-        **model(args),
-        "adapters": adapters,
-        "suites": {name: f"suite-{name}.jsonl" for name in suites},
-    }
-    process(args, "evaluate", job, "scores")
-    results = json.loads((args.out / "scores" / "summary.json").read_bytes())["results"]
-    return {arm: {name: row[name]["nll"] for name in suites} for arm, row in results.items()}
+        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def report(
-    args: argparse.Namespace,
-    num_rows: int,
-    measured: dict[str, dict[str, float]],
-    losses: dict[str, dict[str, float]],
-) -> None:
-    print(f"\n{'':12}{'wall s':>9}{'peak MB':>9}{'held-out NLL':>14}{'general NLL':>13}")
-    for arm, row in losses.items():
-        cost = measured.get(arm)
-        told = f"{cost['wall_s']:9.1f}{cost['peak_rss_mb']:9.0f}" if cost else " " * 18
-        print(f"{arm:12}{told}{row['held_out']:14.3f}{row['general']:13.3f}")
-    ours = measured["perennial"]["wall_s"]
+def losses(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
+    """Mean NLL by adapter and suite, all scored in one process."""
+    adapters = {"base": None, **{arm: f"{arm}/adapter" for arm in OURS}}
+    adapters |= {arm: arm for arm in PEERS}
+    suites = {name: f"../{name}.jsonl" for name in SUITES}
+    job = {**model(args), "adapters": adapters, "suites": suites}
+    out = args.out / f"seed-{seed}"
+    process(out, "evaluate", job, "scores")
+    results = json.loads((out / "scores" / "summary.json").read_bytes())["results"]
+    return {arm: {name: row[name]["nll"] for name in SUITES} for arm, row in results.items()}
+
+
+def report(args: argparse.Namespace, num_rows: int, runs: list[dict[str, Figures]]) -> None:
+    print(f"\n{'':21}{'wall s':>9}{'peak MB':>9}{'held-out NLL':>14}{'general NLL':>13}")
+    middle = {arm: medians([run[arm] for run in runs]) for arm in runs[0]}
+    for arm, row in middle.items():
+        told = f"{row['wall_s']:9.1f}{row['peak_rss_mb']:9.0f}" if "wall_s" in row else " " * 18
+        print(f"{arm:21}{told}{row['held_out']:14.3f}{row['general']:13.3f}")
     result = {
-        "wall_vs_trl_default": round(ours / measured["trl-default"]["wall_s"], 3),
-        "wall_vs_trl_bfd": round(ours / measured["trl-bfd"]["wall_s"], 3),
-        "held_out_loss": {arm: round(row["held_out"], 4) for arm, row in losses.items()},
-        "general_loss": {arm: round(row["general"], 4) for arm, row in losses.items()},
-        "wall_s": {arm: round(row["wall_s"], 1) for arm, row in measured.items()},
-        "peak_rss_mb": {arm: round(row["peak_rss_mb"]) for arm, row in measured.items()},
+        "wall_vs_trl_default": wall_against("trl-default", runs, middle),
+        "wall_vs_trl_bfd": wall_against("trl-bfd", runs, middle),
+        "held_out_loss": column(middle, "held_out"),
+        "general_loss": column(middle, "general"),
+        "wall_s": column(middle, "wall_s"),
+        "peak_rss_mb": column(middle, "peak_rss_mb"),
+        "runs": runs,
         "num_rows": num_rows,
         "epochs": args.epochs,
         "threads": args.threads,
-        "seed": args.seed,
+        "seeds": args.seeds,
     }
     print("RESULT " + json.dumps(result))
 
 
-def process(args: argparse.Namespace, command: str, job: dict[str, Any], out: str) -> None:
-    path = args.out / f"{out}-job.json"
+def column(rows: dict[str, Figures], name: str) -> Figures:
+    return {arm: round(row[name], 4) for arm, row in rows.items() if name in row}
+
+
+def medians(rows: list[Figures]) -> Figures:
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def wall_against(
+    peer: str, runs: list[dict[str, Figures]], middle: dict[str, Figures]
+) -> float | None:
+    """Our wall time over the peer's, of the fastest arm whose held-out loss is not above its."""
+    as_good = [arm for arm in OURS if middle[arm]["held_out"] <= middle[peer]["held_out"]]
+    if not as_good:
+        return None
+    fastest = min(as_good, key=lambda arm: middle[arm]["wall_s"])
+    ratios = [run[fastest]["wall_s"] / run[peer]["wall_s"] for run in runs]
+    return round(statistics.median(ratios), 3)
+
+
+def process(out: Path, command: str, job: dict[str, Any], name: str) -> None:
+    path = out / f"{name}-job.json"
     path.write_text(json.dumps(job))
-    argv = [sys.executable, "-m", "perennial.training.run", command, str(path), str(args.out / out)]
+    argv = [sys.executable, "-m", "perennial.training.run", command, str(path), str(out / name)]
     subprocess.run(argv, check=True)
 
 
 def model(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "base_model": args.base_model,
-        "cache_dir": str((args.out / "models").resolve()),
+        "cache_dir": "cache",  # of activations: one a seed, so that it is cold
         "num_threads": args.threads,
         "device": "cpu",  # as the peers
     }
@@ -220,12 +252,16 @@ def jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
+def seeds(raw: str) -> list[int]:
+    return [int(part) for part in raw.split(",")]
+
+
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     found.add_argument("--rows", type=int, default=64)
     found.add_argument("--epochs", type=int, default=3)
     found.add_argument("--threads", type=int, default=os.cpu_count())
-    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="a run of all arms for each")
     found.add_argument("--base-model", default="smollm2-135m")
     found.add_argument("--arm", choices=PEERS, help=argparse.SUPPRESS)
     found.add_argument(
