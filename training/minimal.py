@@ -14,7 +14,7 @@ from torch.nn import functional
 from perennial.training.config import TrainConfig
 from perennial.training.loss import TopK
 from perennial.training.mix import steps
-from perennial.training.objective import GENERAL, REPLAY, Sources
+from perennial.training.prepared import GENERAL, REPLAY, Sources
 from perennial.training.recipes import RECIPES
 from perennial.training.tokens import TokenRow
 from perennial.training.trainer import learning_rate, mix_of

@@ -1,60 +1,30 @@
 """The loss of one batch: what each packed row is compared with, and how the terms add up.
 
-Everything that does not change while a round trains is computed once in `prepare`: activations of
-the frozen trunk, the base's likeliest tokens, the log-probabilities of the preference reference.
-
 Shapes: M predicted positions, R packed rows, K tokens of a teacher.
 """
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.training.batching import Packed, cut, pack
+from perennial.training.batching import Packed, pack
 from perennial.training.config import TrainConfig
-from perennial.training.loss import Targets, TopK, dpo, kto, top_k
+from perennial.training.loss import Targets, dpo, kto
 from perennial.training.mix import Batch, Pick
-from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows_of, scored_rows
+from perennial.training.prepared import (
+    GENERAL,
+    NEW,
+    Prepared,
+    labels_of,
+    log_probs_of,
+    row_log_probs,
+)
+from perennial.training.recipes import JudgedRows, PairRows, Unit, rows_of
 from perennial.training.tokens import TokenRow
-from perennial.training.trunk import SplitModel
-
-NEW, REPLAY, GENERAL, PAIRS, JUDGEMENTS = range(5)  # as in `mix.Pick.source`
-TrunkOf = Callable[[SplitModel, Sequence[TokenRow], int], list[Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sources:
-    """The tokenised rows of a round; `teachers` by the id of the replayed row that they taught."""
-
-    new: tuple[TokenRow, ...] = ()
-    replay: tuple[TokenRow, ...] = ()
-    general: tuple[TokenRow, ...] = ()
-    pairs: tuple[PairRows, ...] = ()
-    judgements: tuple[JudgedRows, ...] = ()
-    teachers: Mapping[str, TopK] = field(default_factory=dict)
-
-    @property
-    def parts(self) -> tuple[tuple[Unit, ...], ...]:
-        """In the order of `mix.Pick.source`."""
-        return (self.new, self.replay, self.general, self.pairs, self.judgements)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """A unit's fixed numbers, by (source, index): trunks of its rows, and what it is held to."""
-
-    split: SplitModel
-    sources: Sources
-    trunks: Mapping[tuple[int, int], tuple[Tensor, ...]]
-    teachers: Mapping[tuple[int, int], TopK]
-    references: Mapping[tuple[int, int], Tensor]
-    blend_of: Mapping[int, float]  # the teacher's part of the target, by source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,84 +52,17 @@ class BatchLoss:
     row_losses: Mapping[str, float]
 
 
-def prepare(
-    model: Any,  # Any: peft
-    sources: Sources,
-    config: TrainConfig,
-    trunk_of: TrunkOf = SplitModel.trunk,
-    drawn: Collection[Pick] | None = None,
-) -> Prepared:
-    """One pass over the rows that are drawn (None: all).
-
-    The adapter is off, except for the reference "start".
-    """
-    picks = sorted(drawn if drawn is not None else _all(sources), key=_key)
-    base, recipe = model.get_base_model(), RECIPES[config.recipe]
-    num_frozen = max(0, base.config.num_hidden_layers - config.top_layers)
-    split = SplitModel(base, num_frozen, config.kernels)
-    with model.disable_adapter():
-        split.check_split(next(row for part in sources.parts for u in part for row in rows_of(u)))
-        trunks = _trunks(split, sources, picks, config, trunk_of)
-        general = [p.index for p in picks if p.source == GENERAL and recipe.is_anchored]
-        known = [trunks[GENERAL, index][0] for index in general] if trunks else None
-        rows = [sources.general[index] for index in general]
-        taught = teach(split, rows, known, config.kl_scope, config)
-    teachers = {(GENERAL, index): found for index, found in zip(general, taught, strict=True)}
-    if recipe.replay_blend:
-        teachers |= {
-            (REPLAY, index): sources.teachers[row.id]
-            for index, row in enumerate(sources.replay)
-            if row.id in sources.teachers
-        }
-    off = model.disable_adapter() if config.reference == "base" else contextlib.nullcontext()
-    with off:
-        references = _references(split, sources, trunks)
-    return Prepared(
-        split=split,
-        sources=sources,
-        trunks=trunks,
-        teachers=teachers,
-        references=references,
-        blend_of={REPLAY: recipe.replay_blend or 0.0, GENERAL: config.general_blend},
-    )
-
-
-def teach(
-    split: SplitModel,
-    rows: Sequence[TokenRow],
-    trunks: Sequence[Tensor] | None,
-    scope: str,
-    config: TrainConfig,
-) -> list[TopK]:
-    """The model's top K at the labels of each row, on the CPU; entry i is for the i-th label."""
-    # Tokens of a shared prefix are no row's own, so with every token a label a row stands alone.
-    budget = config.batch_tokens if scope == "completion" else 0
-    found = []
-    for span in cut([row.num_tokens for row in rows], budget):
-        packed = pack([rows[index] for index in span], labels=[scope] * len(span))
-        part = None if trunks is None else [trunks[index] for index in span]
-        with torch.no_grad():
-            best = top_k(split.logits(packed, part), config.kl_top_k)
-        tokens, log_probs = (
-            torch.split(part.cpu(), packed.num_labels)
-            for part in (best.tokens_TK, best.log_probs_TK)
-        )
-        parts = zip(tokens, log_probs, strict=True)
-        found += [TopK(tokens_TK=part, log_probs_TK=probs) for part, probs in parts]
-    return found
-
-
 def sums(prepared: Prepared, batch: Batch, config: TrainConfig) -> Sums:
     """How many labels, general positions, pairs and judged answers the batch has."""
     num: Counter[str] = Counter()
     for pick in batch:
-        unit = _unit(prepared, pick)
+        unit = prepared.unit(pick)
         if isinstance(unit, PairRows):
             num["pairs"] += 1
         elif isinstance(unit, JudgedRows):
             num["judged"] += len(unit.judged)
         elif pick.source == GENERAL:
-            num["general"] += len(prepared.teachers[GENERAL, pick.index].tokens_TK)
+            num["general"] += len(prepared.teachers[pick].tokens_TK)
         else:
             num["labels"] += unit.num_tokens - unit.num_prompt
     return Sums(
@@ -171,7 +74,7 @@ def batch_loss(
     prepared: Prepared, batch: Batch, over: Sums, config: TrainConfig, step: int
 ) -> BatchLoss:
     """Loss of a batch, or of a part of one whose sums are `over`."""
-    units = [_unit(prepared, pick) for pick in batch]
+    units = [prepared.unit(pick) for pick in batch]
     rows = [row for unit in units for row in rows_of(unit)]
     kinds, dropped = _row_settings(units, batch, config, step)
     packed = pack(rows, labels=kinds, dropped=dropped)
@@ -199,7 +102,7 @@ def unit_losses(prepared: Prepared, batch: Batch, found: BatchLoss) -> tuple[flo
     """The mean loss of each unit of a batch, over its rows."""
     losses = []
     for pick in batch:
-        rows = rows_of(_unit(prepared, pick))
+        rows = rows_of(prepared.unit(pick))
         losses.append(sum(found.row_losses[row.id] for row in rows) / len(rows))
     return tuple(losses)
 
@@ -214,53 +117,6 @@ def add(parts: Sequence[BatchLoss]) -> BatchLoss:
         num_tokens=sum(part.num_tokens for part in parts),
         row_losses={id_: loss for part in parts for id_, loss in part.row_losses.items()},
     )
-
-
-def _trunks(
-    split: SplitModel,
-    sources: Sources,
-    picks: Sequence[Pick],
-    config: TrainConfig,
-    trunk_of: TrunkOf,
-) -> dict[tuple[int, int], tuple[Tensor, ...]]:
-    if not split.num_frozen:
-        return {}
-    recipe = RECIPES[config.recipe]
-    is_drawn = (True, recipe.replay_blend is not None, recipe.is_anchored, True, True)
-    keyed = [
-        (_key(pick), row)
-        for pick in picks
-        if is_drawn[pick.source]
-        for unit in (sources.parts[pick.source][pick.index],)
-        for row in (*rows_of(unit), *scored_rows(unit))
-    ]
-    found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-    trunks = trunk_of(split, [row for _, row in keyed], config.batch_tokens)
-    for (key, _), trunk in zip(keyed, trunks, strict=True):
-        found[key] = (*found.get(key, ()), trunk)
-    return found
-
-
-def _references(
-    split: SplitModel,
-    sources: Sources,
-    trunks: Mapping[tuple[int, int], tuple[Tensor, ...]],
-) -> dict[tuple[int, int], Tensor]:
-    """Log-probability of each completion of a pair, or of judged and then mismatched answers."""
-    found = {}
-    for source in (PAIRS, JUDGEMENTS):
-        for index, unit in enumerate(sources.parts[source]):
-            rows = (*rows_of(unit), *scored_rows(unit))
-            found[source, index] = _scores(split, rows, trunks.get((source, index)))
-    return found
-
-
-def _scores(split: SplitModel, rows: Sequence[TokenRow], trunks: Sequence[Tensor] | None) -> Tensor:
-    """Log-probability of each completion, without gradient."""
-    packed = pack(rows, labels=["completion"] * len(rows))
-    with torch.no_grad():
-        losses = split.losses(packed, trunks, _labels(packed).to(split.device))
-    return _log_probs(packed, losses.loss_M, len(rows))
 
 
 def _row_settings(
@@ -279,7 +135,7 @@ def _row_settings(
         if is_general or not isinstance(unit, TokenRow):
             dropped += [frozenset[int]()] * len(rows_of(unit))
             continue
-        chances = np.random.default_rng((config.seed, step, *_key(pick)))
+        chances = np.random.default_rng((config.seed, step, pick.source, pick.index))
         is_gone = chances.random(len(unit.question)) < config.question_dropout
         dropped.append(frozenset(np.array(unit.question)[is_gone].tolist()))
     return kinds, dropped
@@ -294,31 +150,21 @@ def _source(unit: Unit, source: int) -> int:
 
 def _targets(prepared: Prepared, batch: Batch, packed: Packed, rows: Sequence[TokenRow]) -> Targets:
     """Labels, and for the rows of a teacher what it says; a teacher ends where its row ends."""
-    plain = _labels(packed)
-    picks = [pick for pick in batch for _ in rows_of(_unit(prepared, pick))]
-    taught = [(o, pick) for o, pick in enumerate(picks) if _key(pick) in prepared.teachers]
+    plain = labels_of(packed)
+    picks = [pick for pick in batch for _ in rows_of(prepared.unit(pick))]
+    taught = [(o, pick) for o, pick in enumerate(picks) if pick in prepared.teachers]
     if not taught:
         return plain
-    num, k = len(packed.label_M), prepared.teachers[_key(taught[0][1])].tokens_TK.shape[1]
+    num, k = len(packed.label_M), prepared.teachers[taught[0][1]].tokens_TK.shape[1]
     tokens_MK, probs_MK = torch.zeros(num, k, dtype=torch.long), torch.zeros(num, k)
     for owner, pick in taught:
-        teacher = prepared.teachers[_key(pick)]
+        teacher = prepared.teachers[pick]
         at = np.flatnonzero(packed.owner_M == owner)
         entry = packed.at_M[at] - (rows[owner].num_tokens - len(teacher.tokens_TK))
         tokens_MK[at] = teacher.tokens_TK[entry]
         probs_MK[at] = teacher.log_probs_TK[entry].exp()
         plain.blend_M[at] = prepared.blend_of[pick.source]
     return replace(plain, tokens_MK=tokens_MK, probs_MK=probs_MK)
-
-
-def _labels(packed: Packed) -> Targets:
-    num = len(packed.label_M)
-    return Targets(
-        label_M=torch.from_numpy(packed.label_M),
-        blend_M=torch.zeros(num),
-        tokens_MK=torch.zeros(num, 0, dtype=torch.long),
-        probs_MK=torch.zeros(num, 0),
-    )
 
 
 def _preference_loss(
@@ -331,15 +177,13 @@ def _preference_loss(
 ) -> Tensor:
     """Mean DPO, with its cross-entropy, over pairs plus mean weighted KTO over judged answers."""
     total, first = loss_M.new_zeros(()), 0
-    units = [_unit(prepared, pick) for pick in batch]
-    log_probs_R = _log_probs(packed, loss_M, sum(len(rows_of(unit)) for unit in units))
+    units = [prepared.unit(pick) for pick in batch]
+    log_probs_R = row_log_probs(packed, loss_M, sum(len(rows_of(unit)) for unit in units))
     for unit, pick in zip(units, batch, strict=True):
         ours = log_probs_R[first : first + len(rows_of(unit))]
         first += len(ours)
         if isinstance(unit, PairRows):
-            total = (
-                total + _pair_loss(unit, ours, prepared.references[_key(pick)], config) / over.pairs
-            )
+            total = total + _pair_loss(unit, ours, prepared.references[pick], config) / over.pairs
         elif isinstance(unit, JudgedRows):
             total = total + _judged_loss(prepared, pick, unit, ours, config) / over.judged
     return total
@@ -356,9 +200,9 @@ def _judged_loss(
     prepared: Prepared, pick: Pick, group: JudgedRows, ours_R: Tensor, config: TrainConfig
 ) -> Tensor:
     num = len(group.judged)
-    trunks = prepared.trunks.get(_key(pick))
-    scores_R = _scores(prepared.split, group.mismatched, trunks[num:] if trunks else None)
-    reference = prepared.references[_key(pick)]
+    trunks = prepared.trunks.get(pick)
+    scores_R = log_probs_of(prepared.split, group.mismatched, trunks[num:] if trunks else None)
+    reference = prepared.references[pick]
     is_desirable = ours_R.new_tensor([label == "desirable" for label in group.labels])
     losses = kto(
         ours_R - reference[:num],
@@ -369,15 +213,10 @@ def _judged_loss(
     return (ours_R.new_tensor(group.weights) * losses).sum()
 
 
-def _log_probs(packed: Packed, loss_M: Tensor, num_rows: int) -> Tensor:
-    owner_M = torch.from_numpy(packed.owner_M).to(loss_M.device)
-    return loss_M.new_zeros(num_rows).index_add(0, owner_M, -loss_M)
-
-
 def _row_losses(
     rows: Sequence[TokenRow], packed: Packed, loss_M: Tensor
 ) -> dict[str, float]:  # fmt: skip
-    total_R = _log_probs(packed, -loss_M.detach(), len(rows)).tolist()
+    total_R = row_log_probs(packed, -loss_M.detach(), len(rows)).tolist()
     nums = [max(1, num) for num in packed.num_labels]
     return {row.id: total / num for row, total, num in zip(rows, total_R, nums, strict=True)}
 
@@ -392,17 +231,4 @@ def _added(values: Sequence[float | None]) -> float | None:
 
 
 def _learning_trunks(prepared: Prepared, pick: Pick) -> tuple[Tensor, ...]:
-    return prepared.trunks.get(_key(pick), ())[: len(rows_of(_unit(prepared, pick)))]
-
-
-def _all(sources: Sources) -> list[Pick]:
-    parts = enumerate(sources.parts)
-    return [Pick(source=source, index=i) for source, part in parts for i in range(len(part))]
-
-
-def _unit(prepared: Prepared, pick: Pick) -> Unit:
-    return prepared.sources.parts[pick.source][pick.index]
-
-
-def _key(pick: Pick) -> tuple[int, int]:
-    return pick.source, pick.index
+    return prepared.trunks.get(pick, ())[: len(rows_of(prepared.unit(pick)))]

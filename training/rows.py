@@ -16,7 +16,7 @@ from perennial.training.examples import (
     read_pairs,
 )
 from perennial.training.job import TrainJob
-from perennial.training.objective import Sources
+from perennial.training.prepared import Sources
 from perennial.training.recipes import JudgedRows, encode_judged, encode_pair
 from perennial.training.teachers import read_teachers
 from perennial.training.tokens import TokenRow, encode_example

@@ -61,7 +61,7 @@ from perennial.training.machine import (
     peak_rss_mb,
     yield_cores,
 )
-from perennial.training.objective import Sources, TrunkOf, teach
+from perennial.training.prepared import Sources, TrunkOf, teach
 from perennial.training.progress import Meter, ProgressLog
 from perennial.training.recipes import RECIPES
 from perennial.training.rows import Rows, rows_of_job

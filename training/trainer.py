@@ -22,7 +22,8 @@ from perennial.training.checkpoint import Cursor
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
 from perennial.training.mix import Batch, Mix, Planned, Shares, make_mix, steps
-from perennial.training.objective import BatchLoss, Prepared, Sources, TrunkOf
+from perennial.training.objective import BatchLoss
+from perennial.training.prepared import Prepared, Sources, TrunkOf, prepare
 from perennial.training.progress import StepRecord
 from perennial.training.recipes import RECIPES
 from perennial.training.trunk import SplitModel
@@ -75,7 +76,7 @@ def train(
         UnavailableError: a checkpoint cannot be written; the ones before it are whole.
     """
     mix = mix_of(sources, config)
-    prepared = objective.prepare(model, sources, config, trunk_of, mix.drawable)
+    prepared = prepare(model, sources, config, trunk_of, mix.drawable)
     weights = lora.trainable(model)
     optimizer = make_optimizer(weights, config)
     cursor = checkpoint.restore(checkpoints, job, weights, optimizer)

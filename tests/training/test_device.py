@@ -28,9 +28,9 @@ from perennial.training.evaluate import Limits, base_top_k, evaluate
 from perennial.training.grading import EvalRow
 from perennial.training.job import Device, DType
 from perennial.training.machine import CPU, Place, choose_place
-from perennial.training.mix import Planned
+from perennial.training.mix import Pick, Planned
 from perennial.training.modelfiles import load_model
-from perennial.training.objective import NEW, Sources
+from perennial.training.prepared import NEW, Sources, prepare
 from perennial.training.progress import StepRecord
 from perennial.training.trunk import SplitModel
 from tests.training.builders import example, save_tiny, tiny_model, tiny_tokenizer, write_job
@@ -95,7 +95,7 @@ def test_gradients_in_bf16_point_where_those_of_float32_do(tiny: Path, kernels: 
     found = []
     for place in (CPU, BF16):
         model = adapted(config, load_model(tiny, place))
-        prepared = objective.prepare(model, whole_round(config), config)
+        prepared = prepare(model, whole_round(config), config)
         gradients_of(model, prepared, config)
         found.append(torch.cat([w.grad.flatten() for w in lora.trainable(model).values()]))
     assert {grad.dtype for grad in found} == {torch.float32}
@@ -212,7 +212,7 @@ def test_every_tensor_of_a_round_lives_on_the_models_device(fields: dict[str, An
     sources = whole_round(config)
     model = adapted(config).to("meta")
     with Apart():
-        prepared = objective.prepare(model, sources, config)
+        prepared = prepare(model, sources, config)
         gradients_of(model, prepared, config)
     assert {weight.grad.device.type for weight in lora.trainable(model).values()} == {"meta"}
     kept = [*prepared.trunks.values(), [t.tokens_TK for t in prepared.teachers.values()]]
@@ -235,9 +235,9 @@ def test_a_batch_is_copied_as_often_with_many_rows_as_with_few() -> None:
     model = adapted(config).to("meta")
     copied = []
     with Apart() as seen:
-        prepared = objective.prepare(model, Sources(new=rows(0, 9)), config)
+        prepared = prepare(model, Sources(new=rows(0, 9)), config)
         for num in (2, 9):
-            batch = tuple(objective.Pick(source=NEW, index=index) for index in range(num))
+            batch = tuple(Pick(source=NEW, index=index) for index in range(num))
             over = objective.sums(prepared, batch, config)
             seen.num_copied.clear()
             objective.batch_loss(prepared, batch, over, config, 1).total.backward()

@@ -18,7 +18,16 @@ from perennial.training.config import TrainConfig
 from perennial.training.examples import Judgement, Label, Pair
 from perennial.training.loss import Targets, TopK, dpo, head_losses, kto, plain_losses
 from perennial.training.mix import Batch, Pick, epoch_batches
-from perennial.training.objective import GENERAL, JUDGEMENTS, NEW, PAIRS, REPLAY, Sources
+from perennial.training.prepared import (
+    GENERAL,
+    JUDGEMENTS,
+    NEW,
+    PAIRS,
+    REPLAY,
+    Sources,
+    prepare,
+    teach,
+)
 from perennial.training.recipes import encode_judged, encode_pair
 from perennial.training.tokens import TokenRow, encode_example
 from perennial.training.trainer import halved, mix_of
@@ -156,9 +165,9 @@ def test_only_rows_that_are_drawn_are_prepared() -> None:
     model = adapted(config)
     sources = Sources(new=rows(0, 2), general=rows(2, 3, "general"))
     drawn = {Pick(source=NEW, index=1), Pick(source=GENERAL, index=2)}
-    prepared = objective.prepare(model, sources, config, drawn=drawn)
-    assert set(prepared.trunks) == {(NEW, 1), (GENERAL, 2)}
-    assert set(prepared.teachers) == {(GENERAL, 2)}
+    prepared = prepare(model, sources, config, drawn=drawn)
+    assert set(prepared.trunks) == {Pick(source=NEW, index=1), Pick(source=GENERAL, index=2)}
+    assert set(prepared.teachers) == {Pick(source=GENERAL, index=2)}
 
 
 def log_prob(model: Any, row: TokenRow) -> Tensor:
@@ -174,7 +183,7 @@ def test_preferences_in_a_packed_batch_equal_plain_ones(reference: Any) -> None:
     config = with_fields(reference=reference, kernels="fused")
     model = adapted(config)
     sources = Sources(**preferences())
-    prepared = objective.prepare(model, sources, config)
+    prepared = prepare(model, sources, config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_A" in name:
@@ -229,7 +238,7 @@ def assert_equal_gradients(model: Any, one: Tensor, other: Tensor, scale: float 
 def whole_round(config: TrainConfig) -> Sources:
     replay = rows(20, 6, "replay")
     split = SplitModel(tiny_model(7), 0)
-    taught = objective.teach(split, replay[:4], None, "completion", config)
+    taught = teach(split, replay[:4], None, "completion", config)
     teachers = {row.id: teacher for row, teacher in zip(replay, taught, strict=False)}
     return Sources(
         new=rows(0, 8),
@@ -245,7 +254,7 @@ def first_batches(sources: Sources, config: TrainConfig) -> tuple[Batch, ...]:
 
 
 def losses_of(model: Any, config: TrainConfig) -> list[Any]:
-    prepared = objective.prepare(model, whole_round(config), config)
+    prepared = prepare(model, whole_round(config), config)
     found = []
     for step, batch in enumerate(first_batches(prepared.sources, config)[:4]):
         over = objective.sums(prepared, batch, config)
@@ -300,7 +309,7 @@ def test_fused_kernels_have_the_losses_and_gradients_of_the_modules(
 def test_parts_of_a_batch_add_up_to_the_whole(kernels: Kernels) -> None:
     config = with_fields(recipe="replay-kd-anchor", kernels=kernels)
     model = adapted(config)
-    prepared = objective.prepare(model, whole_round(config), config)
+    prepared = prepare(model, whole_round(config), config)
     batch = first_batches(prepared.sources, config)[0]
     over = objective.sums(prepared, batch, config)
     whole = objective.batch_loss(prepared, batch, over, config, 3)
@@ -354,7 +363,7 @@ def test_a_replayed_row_is_half_its_label_and_half_its_teacher() -> None:
     config = with_fields(recipe="replay-kd", question_dropout=0)
     model = adapted(config)
     sources = whole_round(config)
-    prepared = objective.prepare(model, sources, config)
+    prepared = prepare(model, sources, config)
     for index, share in ((0, 0.5), (5, 0.0)):  # the first has a teacher, the last has none
         batch: Batch = (Pick(source=REPLAY, index=index),)
         over = objective.sums(prepared, batch, config)

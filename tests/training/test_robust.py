@@ -19,7 +19,8 @@ from perennial.training import lora, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
 from perennial.training.mix import Pick, Planned
-from perennial.training.objective import BatchLoss, Sources
+from perennial.training.objective import BatchLoss
+from perennial.training.prepared import Sources, prepare
 from perennial.training.progress import StepRecord
 from perennial.training.tokens import TokenRow, encode_example
 from perennial.training.trainer import Trained, check_loss
@@ -163,7 +164,7 @@ def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
     config = CONFIG
     sources = Sources(new=encoded(0, 3))
     model = lora.attach(tiny_model(), config)
-    prepared = trainer.objective.prepare(model, sources, config)
+    prepared = prepare(model, sources, config)
     broken = trainer.replace(prepared, split=Refusing())
     optimizer = trainer.make_optimizer(lora.trainable(model), config)
     batch = (Pick(source=0, index=0),)

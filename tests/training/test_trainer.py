@@ -10,7 +10,7 @@ from perennial.infra.errors import ModelMissingError, TrainingError
 from perennial.training import lora, modelfiles, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.minimal import train_plainly
-from perennial.training.objective import Sources, teach
+from perennial.training.prepared import Sources, teach
 from perennial.training.progress import StepRecord
 from perennial.training.recipes import RECIPES
 from perennial.training.tokens import encode_example

@@ -1,0 +1,198 @@
+"""What a round computes once, before its first step: numbers that do not change while it trains.
+
+They are the activations of the frozen trunk, the base's likeliest tokens, and the log-probabilities
+of the preference reference. The loss of a batch is left to `objective`.
+
+Shapes: M predicted positions, R packed rows, K tokens of a teacher.
+"""
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perennial.training.batching import Packed, cut, pack
+from perennial.training.config import TrainConfig
+from perennial.training.loss import Targets, TopK, top_k
+from perennial.training.mix import Pick
+from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows_of, scored_rows
+from perennial.training.tokens import TokenRow
+from perennial.training.trunk import SplitModel
+
+NEW, REPLAY, GENERAL, PAIRS, JUDGEMENTS = range(5)  # as in `mix.Pick.source`
+TrunkOf = Callable[[SplitModel, Sequence[TokenRow], int], list[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """The tokenised rows of a round; `teachers` by the id of the replayed row that they taught."""
+
+    new: tuple[TokenRow, ...] = ()
+    replay: tuple[TokenRow, ...] = ()
+    general: tuple[TokenRow, ...] = ()
+    pairs: tuple[PairRows, ...] = ()
+    judgements: tuple[JudgedRows, ...] = ()
+    teachers: Mapping[str, TopK] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[tuple[Unit, ...], ...]:
+        """In the order of `mix.Pick.source`."""
+        return (self.new, self.replay, self.general, self.pairs, self.judgements)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A unit's fixed numbers: trunks of its rows, and what it is held to."""
+
+    split: SplitModel
+    sources: Sources
+    trunks: Mapping[Pick, tuple[Tensor, ...]]
+    teachers: Mapping[Pick, TopK]
+    references: Mapping[Pick, Tensor]
+    blend_of: Mapping[int, float]  # the teacher's part of the target, by source
+
+    def unit(self, pick: Pick) -> Unit:
+        """What was drawn."""
+        return self.sources.parts[pick.source][pick.index]
+
+
+def prepare(
+    model: Any,  # Any: peft
+    sources: Sources,
+    config: TrainConfig,
+    trunk_of: TrunkOf = SplitModel.trunk,
+    drawn: Collection[Pick] | None = None,
+) -> Prepared:
+    """One pass over the rows that are drawn (None: all).
+
+    The adapter is off, except for the reference "start".
+    """
+    picks = [pick for pick in _all(sources) if drawn is None or pick in drawn]
+    base, recipe = model.get_base_model(), RECIPES[config.recipe]
+    num_frozen = max(0, base.config.num_hidden_layers - config.top_layers)
+    split = SplitModel(base, num_frozen, config.kernels)
+    with model.disable_adapter():
+        split.check_split(next(row for part in sources.parts for u in part for row in rows_of(u)))
+        trunks = _trunks(split, sources, picks, config, trunk_of)
+        general = [p for p in picks if p.source == GENERAL and recipe.is_anchored]
+        known = [trunks[pick][0] for pick in general] if trunks else None
+        rows = [sources.general[pick.index] for pick in general]
+        taught = teach(split, rows, known, config.kl_scope, config)
+    teachers = dict(zip(general, taught, strict=True))
+    if recipe.replay_blend:
+        teachers |= {
+            Pick(source=REPLAY, index=index): sources.teachers[row.id]
+            for index, row in enumerate(sources.replay)
+            if row.id in sources.teachers
+        }
+    off = model.disable_adapter() if config.reference == "base" else contextlib.nullcontext()
+    with off:
+        references = _references(split, sources, trunks)
+    return Prepared(
+        split=split,
+        sources=sources,
+        trunks=trunks,
+        teachers=teachers,
+        references=references,
+        blend_of={REPLAY: recipe.replay_blend or 0.0, GENERAL: config.general_blend},
+    )
+
+
+def teach(
+    split: SplitModel,
+    rows: Sequence[TokenRow],
+    trunks: Sequence[Tensor] | None,
+    scope: str,
+    config: TrainConfig,
+) -> list[TopK]:
+    """The model's top K at the labels of each row, on the CPU; entry i is for the i-th label."""
+    # Tokens of a shared prefix are no row's own, so with every token a label a row stands alone.
+    budget = config.batch_tokens if scope == "completion" else 0
+    found = []
+    for span in cut([row.num_tokens for row in rows], budget):
+        packed = pack([rows[index] for index in span], labels=[scope] * len(span))
+        part = None if trunks is None else [trunks[index] for index in span]
+        with torch.no_grad():
+            best = top_k(split.logits(packed, part), config.kl_top_k)
+        tokens, log_probs = (
+            torch.split(part.cpu(), packed.num_labels)
+            for part in (best.tokens_TK, best.log_probs_TK)
+        )
+        parts = zip(tokens, log_probs, strict=True)
+        found += [TopK(tokens_TK=part, log_probs_TK=probs) for part, probs in parts]
+    return found
+
+
+def log_probs_of(
+    split: SplitModel, rows: Sequence[TokenRow], trunks: Sequence[Tensor] | None
+) -> Tensor:
+    """Log-probability of each completion, without gradient."""
+    packed = pack(rows, labels=["completion"] * len(rows))
+    with torch.no_grad():
+        losses = split.losses(packed, trunks, labels_of(packed).to(split.device))
+    return row_log_probs(packed, losses.loss_M, len(rows))
+
+
+def labels_of(packed: Packed) -> Targets:
+    """What cross-entropy alone compares with: the labels, and no teacher."""
+    num = len(packed.label_M)
+    return Targets(
+        label_M=torch.from_numpy(packed.label_M),
+        blend_M=torch.zeros(num),
+        tokens_MK=torch.zeros(num, 0, dtype=torch.long),
+        probs_MK=torch.zeros(num, 0),
+    )
+
+
+def row_log_probs(packed: Packed, loss_M: Tensor, num_rows: int) -> Tensor:
+    """Log-probability of each row (R,) from the negative ones of its positions (M,)."""
+    owner_M = torch.from_numpy(packed.owner_M).to(loss_M.device)
+    return loss_M.new_zeros(num_rows).index_add(0, owner_M, -loss_M)
+
+
+def _trunks(
+    split: SplitModel,
+    sources: Sources,
+    picks: Sequence[Pick],
+    config: TrainConfig,
+    trunk_of: TrunkOf,
+) -> dict[Pick, tuple[Tensor, ...]]:
+    if not split.num_frozen:
+        return {}
+    recipe = RECIPES[config.recipe]
+    is_drawn = (True, recipe.replay_blend is not None, recipe.is_anchored, True, True)
+    keyed = [
+        (pick, row)
+        for pick in picks
+        if is_drawn[pick.source]
+        for unit in (sources.parts[pick.source][pick.index],)
+        for row in (*rows_of(unit), *scored_rows(unit))
+    ]
+    found: dict[Pick, tuple[Tensor, ...]] = {}
+    trunks = trunk_of(split, [row for _, row in keyed], config.batch_tokens)
+    for (key, _), trunk in zip(keyed, trunks, strict=True):
+        found[key] = (*found.get(key, ()), trunk)
+    return found
+
+
+def _references(
+    split: SplitModel,
+    sources: Sources,
+    trunks: Mapping[Pick, tuple[Tensor, ...]],
+) -> dict[Pick, Tensor]:
+    """Log-probability of each completion of a pair, or of judged and then mismatched answers."""
+    found = {}
+    for pick in _all(sources):
+        if pick.source in (PAIRS, JUDGEMENTS):
+            unit = sources.parts[pick.source][pick.index]
+            rows = (*rows_of(unit), *scored_rows(unit))
+            found[pick] = log_probs_of(split, rows, trunks.get(pick))
+    return found
+
+
+def _all(sources: Sources) -> list[Pick]:
+    parts = enumerate(sources.parts)
+    return [Pick(source=source, index=i) for source, part in parts for i in range(len(part))]
