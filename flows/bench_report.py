@@ -1,14 +1,13 @@
 """From the results of a benchmark to its figures: `result.json`, plots, one page, MLflow.
 
-Running it is left to `bench`, every definition and interval to `training.continual`.
+Running it is left to `bench`, every definition and interval to `training.continual`, the page to
+`bench_page`.
 """
 
-import base64
 import dataclasses
-import html
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from perennial.flows.bench import TRAINED, Bench
+from perennial.flows.bench_page import page
 from perennial.infra.artifacts import write_atomic
 from perennial.registry.plots import FrontPoint, plot_front, plot_r_matrix
 from perennial.training.arms import ARMS, Step
@@ -53,14 +53,6 @@ _UNITS: Mapping[str, str] = {
     "peak_rss_mb": "MB, the largest training",
 }
 _MAX_LABEL = 18  # characters, so that neighbours do not overlap
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Continual benchmark</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;
-color:#1f2933}}table{{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}}
-td,th{{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #d9dee3;white-space:nowrap}}
-td:first-child,th:first-child{{text-align:left}}small{{color:#6b7680}}img{{max-width:100%}}
-figure{{display:inline-block;margin:0 1rem 1rem 0;max-width:34rem}}</style>
-<h1>Continual benchmark</h1>{body}</html>
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +75,7 @@ def write_report(bench: Bench) -> Json:
     plots = _plots(result)
     for name, png in plots.items():
         write_atomic(out / "plots" / f"{name}.png", png)
-    write_atomic(out / "index.html", _page(result, plots).encode())
+    write_atomic(out / "index.html", page(result, plots).encode())
     return result
 
 
@@ -300,43 +292,3 @@ def _front(result: Json) -> list[FrontPoint]:
 def _mean_matrix(matrices: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float | None]]:
     values = np.array(matrices, dtype=float).mean(axis=0)
     return [[None if math.isnan(v) else float(v) for v in row] for row in values]
-
-
-def _page(result: Json, plots: Mapping[str, bytes]) -> str:
-    said = ("base_model", "stream", "seeds", "orders", "tasks", "left_out_as_too_long", "overrides")
-    body = [
-        *(f"<p><b>{html.escape(key)}</b> {html.escape(json.dumps(result[key]))}</p>"
-          for key in said),
-        _table("arm", result["arms"], _metric_cell),
-        f"<p><small>{html.escape(json.dumps(result['units']))}</small></p>",
-        "<h2>Differences on the same rows and seeds</h2>",
-        _table("", result["paired"], _difference_cell),
-        *(f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,'
-          f'{base64.b64encode(png).decode()}"></figure>' for name, png in plots.items()),
-    ]  # fmt: skip
-    return _PAGE.format(body="\n".join(body))
-
-
-def _table(head: str, rows: Mapping[str, Json], cell: Callable[[Json, str], str]) -> str:
-    metrics = [*_UNITS, "ap_over_joint", "la_over_single", "wall_over_naive"]
-    lines = [f"<tr><th>{head}</th>{''.join(f'<th>{m}</th>' for m in metrics)}</tr>"]
-    for name, row in rows.items():
-        cells = "".join(f"<td>{cell(row, metric)}</td>" for metric in metrics)
-        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _metric_cell(arm: Json, metric: str) -> str:
-    return _cell(arm.get(metric), arm["intervals"].get(metric))
-
-
-def _difference_cell(row: Json, metric: str) -> str:
-    found = row.get(metric)
-    return _cell(found["value"], [found["low"], found["high"]]) if found else "–"
-
-
-def _cell(value: float | None, bounds: Sequence[float] | None) -> str:
-    if value is None:
-        return "–"
-    span = f" <small>[{bounds[0]:.3g}, {bounds[1]:.3g}]</small>" if bounds else ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}{span}"

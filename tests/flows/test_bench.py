@@ -148,7 +148,8 @@ def test_the_page_stands_alone(whole: tuple[Path, dict[str, Any]]) -> None:
 
     assert page.count("data:image/png;base64,") == 5
     assert 'src="http' not in page
-    assert "full-minus-naive" in page
+    assert "Full minus the others" in page
+    assert all(f"<th>{name}<small>{arm['says']}" in page for name, arm in whole[1]["arms"].items())
 
 
 def test_rows_of_the_probe_are_never_trained_on(inputs: Path, tmp_path: Path) -> None:
