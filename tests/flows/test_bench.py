@@ -1,3 +1,4 @@
+import html
 import json
 import os
 import subprocess
@@ -149,7 +150,8 @@ def test_the_page_stands_alone(whole: tuple[Path, dict[str, Any]]) -> None:
     assert page.count("data:image/png;base64,") == 5
     assert 'src="http' not in page
     assert "Full minus the others" in page
-    assert all(f"<th>{name}<small>{arm['says']}" in page for name, arm in whole[1]["arms"].items())
+    heads = {name: html.escape(arm["says"]) for name, arm in whole[1]["arms"].items()}
+    assert all(f"<th>{name}<small>{says}</small>" in page for name, says in heads.items())
 
 
 def test_rows_of_the_probe_are_never_trained_on(inputs: Path, tmp_path: Path) -> None:
