@@ -19,6 +19,7 @@ from typing import Any
 
 from perennial.training.examples import Example, write_examples
 from perennial.training.holdout import split_holdout
+from perennial.training.job import left_by
 from perennial.training.replay import ReplayStore
 
 DESK = Path(__file__).parents[2] / "flows" / "desk"
@@ -57,6 +58,7 @@ def train(
     job: dict[str, Any] = {
         **model(args),
         "parent_adapter": parent,
+        **(left_by((args.out / parent).resolve()) if parent else {}),
         "config": config,
     }
     for kind, rows in (("train", new), ("replay", replay), ("general", general)):
