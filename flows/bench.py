@@ -19,6 +19,7 @@ from rich.console import Console
 
 from perennial.flows.bench_board import StepBoard
 from perennial.flows.demo_desk import FOLDER
+from perennial.flows.processes import model_fields
 from perennial.infra.artifacts import MANIFEST, publish, write_atomic
 from perennial.infra.errors import InputError
 from perennial.infra.settings import Settings
@@ -30,7 +31,7 @@ from perennial.training.examples import Example, write_examples
 from perennial.training.general import load_general
 from perennial.training.grading import Grader
 from perennial.training.job import left_by
-from perennial.training.machine import choose_threads
+from perennial.training.machine import choose_threads_once
 from perennial.training.modelfiles import ensure_base_model, load_tokenizer
 from perennial.training.progress import read_progress
 from perennial.training.stream import (
@@ -124,13 +125,7 @@ def prepare(settings: Settings, request: Request) -> Bench:
     fit = _Fit(tokenizer=tokenizer, max_len=configs.from_json(overrides).max_len)
     fitting = tuple(fit.task(task) for task in tasks)
     general, fitting_probe = fit.examples(kept), fit.examples(probe)
-    longest = max(
-        len(encode_text(tokenizer, answer))
-        for task in fitting
-        for row in task.test
-        for answer in row.outputs
-    )
-    max_new_tokens = min(_MAX_NEW_TOKENS, longest + _SPARE_TOKENS)
+    max_new_tokens = min(_MAX_NEW_TOKENS, _longest_answer(tokenizer, fitting) + _SPARE_TOKENS)
     tests = [task.test for task in fitting]
     salt = _digest([settings.model.name, max_new_tokens, tests, fitting_probe])
     bench = Bench(
@@ -150,11 +145,10 @@ def prepare(settings: Settings, request: Request) -> Bench:
         },
         max_new_tokens=max_new_tokens,
         model={
+            **model_fields(settings),
             "base_model": str(folder.resolve()),
-            "cache_dir": str(settings.model.cache_dir),
-            "num_threads": settings.model.threads or chosen_threads(request.out),
-            "device": settings.model.device,
-            "dtype": settings.model.dtype,
+            "num_threads": settings.model.threads
+            or choose_threads_once(request.out / "num_threads", None),
         },
     )
     for arm in request.arms:
@@ -309,12 +303,10 @@ def _drop_adapters(work: Path, keep: set[str]) -> None:
             shutil.rmtree(folder)
 
 
-def chosen_threads(out: Path) -> int:
-    """Threads of every training, chosen once: with another number, sums are rounded otherwise."""
-    path = out / "num_threads"
-    if not path.exists():
-        write_atomic(path, str(choose_threads(None)).encode())
-    return int(path.read_text())
+def _longest_answer(tokenizer: Any, tasks: Sequence[Task]) -> int:  # Any: transformers
+    """Tokens of the longest answer that a task wants."""
+    answers = (answer for task in tasks for row in task.test for answer in row.outputs)
+    return max(len(encode_text(tokenizer, answer)) for answer in answers)
 
 
 def _num_rows(tasks: Sequence[Task]) -> int:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from perennial.infra.errors import (
     ConfigError,
@@ -31,6 +31,17 @@ _ERRORS: Mapping[int, type[PerennialError]] = {
     3: ModelMissingError,
     6: UnavailableError,
 }
+
+
+def model_fields(settings: Settings) -> dict[str, Any]:  # Any: JSON
+    """What every job says of the model and of where it is computed."""
+    return {
+        "base_model": settings.model.name,
+        "cache_dir": str(settings.model.cache_dir),
+        "num_threads": settings.model.threads or None,
+        "device": settings.model.device,
+        "dtype": settings.model.dtype,
+    }
 
 
 def run_training_process(

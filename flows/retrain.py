@@ -12,7 +12,7 @@ from prefect import flow, get_run_logger
 
 from perennial.flows import evidence
 from perennial.flows.curate import curate, data_folder, general_file
-from perennial.flows.processes import run_training_process
+from perennial.flows.processes import model_fields, run_training_process
 from perennial.flows.steps import Json, Steps, digest, leased, transient_task
 from perennial.flows.wiring import Deps, connect
 from perennial.infra.artifacts import read_manifest, sha256_file, write_atomic
@@ -97,7 +97,7 @@ def curate_rows(deps: Deps, steps: Steps, round_: Round, champion: ModelVersion 
 
     def work() -> Json:
         def draft(job: Json, out: Path) -> None:
-            _run(deps, "draft", {**_model(deps.settings), **job}, out)
+            _run(deps, "draft", {**model_fields(deps.settings), **job}, out)
 
         folder = data_folder(deps, round_.id)
         general = general_file(deps.settings, draft)
@@ -142,7 +142,7 @@ def training_job(settings: Settings, rows: Path, parent: Path | None) -> Json:
         "dev_rows": "dev",
     }
     return {
-        **_model(settings),
+        **model_fields(settings),
         "parent_adapter": str(parent) if parent else None,
         **{field: str(rows / f"{name}.jsonl") for field, name in files.items()},
         **(left_by(parent) if parent else {}),
@@ -197,7 +197,7 @@ def evaluate_models(
         out = _folder(deps, round_) / f"evaluation-{digest(inputs)[:12]}"
         suites = data_folder(deps, round_.id) / "suites"
         job = {
-            **_model(deps.settings),
+            **model_fields(deps.settings),
             "adapters": {
                 evidence.CHAMPION: str(champion.adapter_path) if champion else None,
                 evidence.CANDIDATE: str(version.adapter_path),
@@ -239,16 +239,6 @@ def register_version(
 
 def _folder(deps: Deps, round_: Round) -> Path:
     return deps.settings.home / "rounds" / round_.id
-
-
-def _model(settings: Settings) -> Json:
-    return {
-        "base_model": settings.model.name,
-        "cache_dir": str(settings.model.cache_dir),
-        "num_threads": settings.model.threads or None,
-        "device": settings.model.device,
-        "dtype": settings.model.dtype,
-    }
 
 
 def _run(deps: Deps, command: Any, job: Json, out: Path) -> None:  # Any: a Literal

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from perennial.flows.bench import Execute, chosen_threads
+from perennial.flows.bench import Execute
 from perennial.flows.bench_board import StepBoard
 from perennial.flows.curate import data_folder, of_both_labels, suite_row, write_suite
 from perennial.flows.retrain import training_job
@@ -37,6 +37,7 @@ from perennial.training.examples import (
 )
 from perennial.training.holdout import not_judged, split_holdout
 from perennial.training.job import read_train_job
+from perennial.training.machine import choose_threads_once
 from perennial.training.progress import read_progress
 from perennial.training.search import (
     Figures,
@@ -110,7 +111,7 @@ def prepare(deps: Deps, request: Request) -> Search:
     out = (request.out or data.parent / "tune").resolve()
     num_rows = _write_rows(data, out / "work")
     job = training_job(settings, out / "work/rows", parent.adapter_path if parent else None)
-    job |= {"num_threads": settings.model.threads or chosen_threads(out)}
+    job |= {"num_threads": settings.model.threads or choose_threads_once(out / "num_threads", None)}
     tried = candidates(current, request.lrs or lrs, request.epochs or epochs)
     return Search(
         request=request,

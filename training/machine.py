@@ -10,6 +10,7 @@ from typing import Literal
 import psutil
 import torch
 
+from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import ConfigError
 from perennial.training.job import Device, DType
 
@@ -74,6 +75,16 @@ def choose_threads(wanted: int | None) -> int:
     idle = round((allowed or 1) * (1 - psutil.cpu_percent(interval=_LOOK_S) / 100))
     num = wanted or max(1, min(idle, _MAX_THREADS))
     torch.set_num_threads(num)
+    return num
+
+
+def choose_threads_once(path: Path, wanted: int | None) -> int:
+    """As `choose_threads`, but the number in `path` if an earlier run of the same left one there.
+
+    With another number sums are rounded otherwise.
+    """
+    num = choose_threads(int(path.read_text()) if path.exists() else wanted)
+    write_atomic(path, str(num).encode())
     return num
 
 

@@ -57,6 +57,7 @@ from perennial.training.machine import (
     Place,
     choose_place,
     choose_threads,
+    choose_threads_once,
     peak_gpu_mb,
     peak_rss_mb,
     yield_cores,
@@ -183,7 +184,7 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     if not (out / key).exists():
         fix_cublas_workspace()
         torch.use_deterministic_algorithms(True)
-        _choose_threads_once(batches / "num_threads", job.num_threads)
+        choose_threads_once(batches / "num_threads", job.num_threads)
 
     def write(folder: Path) -> None:
         place = choose_place(job.device, job.dtype)
@@ -199,12 +200,6 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     wall_s = time.monotonic() - started
     told = f"drafts {out / key} · {wall_s:.0f} s · peak {peak_rss_mb():.0f} MB"
     console.print(told, highlight=False, soft_wrap=True)
-
-
-def _choose_threads_once(path: Path, wanted: int | None) -> None:
-    """Threads as an earlier run of the same had them: with others, sums are rounded otherwise."""
-    known = int(path.read_text()) if path.exists() else wanted
-    artifacts.write_atomic(path, str(choose_threads(known)).encode())
 
 
 def _train(
