@@ -58,9 +58,7 @@ ARMS: Mapping[str, Arm] = {
     "kl-only": Arm(
         says="full, general rows held to the base alone", overrides={"general_blend": 1.0}
     ),
-    "question-dropout": Arm(
-        says="full with 30% of the questions' tokens hidden", overrides={"question_dropout": 0.3}
-    ),
+    "no-dropout": Arm(says="full, questions always whole", overrides={"question_dropout": 0.0}),
     "all-layers": Arm(
         says="full with an adapter on every layer", overrides={"top_layers": _EVERY_LAYER}
     ),

@@ -49,7 +49,7 @@ class TrainConfig:
     replay_share: float = 0.23  # of all tokens of an epoch
     general_share: float = 0.06
     mastered: float = 0.05  # nats a token; a new row under it rests, replay has its tokens; 0: none
-    question_dropout: float = 0.0  # chance that a token of a question is masked
+    question_dropout: float = 0.3  # chance that a token of a question is left out
     kl_weight: float = 3.0  # of general rows beside cross-entropy
     general_blend: float = 0.5  # the base's part of a general row's target; its text has the rest
     kl_top_k: int = 20
