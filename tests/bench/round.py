@@ -2,15 +2,15 @@
 
     python tests/bench/round.py [--rows 64] [--epochs 3] [--threads 2] [--seeds 0,1,2] [--out DIR]
 
-Arms, each in a process of its own: our round (recipe `sft`, other settings as shipped), the same
-with an adapter on every layer as TRL has it, TRL's SFTTrainer as it comes, and SFTTrainer at its
-best here (packing "bfd", as many tokens a step as we take, no activation checkpointing). TRL gets
-our learning rate, since its own default learns nothing in three epochs. Wall time is from loading
-the model to the saved adapter; caches are cold. All adapters are then scored in one process on
-questions that none has seen, and on general answers. All arms run once for a seed, so that a slow
-minute of the machine does not fall on one of them. Prints a table of medians and, as the last line,
-`RESULT {json}`: `wall_vs_trl_…` is the median, over the seeds, of the ratio of our fastest arm that
-learned as much as that peer, null if none did.
+Arms, each in a process of its own: our round (recipe `sft` on whole questions, other settings as
+shipped), the same with an adapter on every layer as TRL has it, TRL's SFTTrainer as it comes, and
+SFTTrainer at its best here (packing "bfd", as many tokens a step as we take, no activation
+checkpointing). TRL gets our learning rate, since its own default learns nothing in three epochs.
+Wall time is from loading the model to the saved adapter; caches are cold. All adapters are then
+scored in one process on questions that none has seen, and on general answers. All arms run once for
+a seed, so that a slow minute of the machine does not fall on one of them. Prints a table of medians
+and, as the last line, `RESULT {json}`: `wall_vs_trl_…` is the median, over the seeds, of the ratio
+of our fastest arm that learned as much as that peer, null if none did.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from perennial.training.tokens import encode_example
 
 DESK = Path(__file__).parents[2] / "flows" / "desk"
 OURS: Mapping[str, dict[str, int]] = {"perennial": {}, "perennial-all-layers": {"top_layers": 99}}
+LIKE_PEERS = {"recipe": "sft", "question_dropout": 0.0}  # the same loss of the same tokens
 PEERS = ("trl-default", "trl-bfd")
 SUITES = ("held_out", "general")
 Figures = dict[str, float]  # seconds, MB, nats a token
@@ -70,7 +71,7 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
 
 def train_ours(args: argparse.Namespace, arm: str, seed: int) -> Figures:
     """Wall seconds and peak memory of our round, from its own summary."""
-    config = {"recipe": "sft", "epochs": args.epochs, "seed": seed, **OURS[arm]}
+    config = {**LIKE_PEERS, "epochs": args.epochs, "seed": seed, **OURS[arm]}
     job = {**model(args), "train_rows": "../rows.jsonl", "config": config}
     out = args.out / f"seed-{seed}"
     process(out, "train", job, arm)
