@@ -115,10 +115,7 @@ def prepare(settings: Settings, request: Request) -> Bench:
     tasks = read_stream(request.stream, request.rows)
     graders = choose_graders(tasks, request.graders)
     probe = _general(request.general, request.rows)
-    default = settings.training.general_file or FOLDER / "general_replay.jsonl"
-    kept = _general(request.general_replay or default, request.rows)
-    asked = {row.prompt_key for row in probe}
-    kept = tuple(row for row in kept if row.prompt_key not in asked)
+    kept = _replayed(settings, request, probe)
     overrides = settings.training.overrides
     folder = ensure_base_model(settings.model.name, settings.model.cache_dir)
     tokenizer = load_tokenizer(folder)
@@ -276,6 +273,16 @@ def _general(path: Path, max_rows: int | None) -> tuple[Example, ...]:
     if not rows:
         raise InputError(f"{path} has no general row with a prompt and an answer", path=str(path))
     return spread(rows, max_rows)
+
+
+def _replayed(
+    settings: Settings, request: Request, probe: Sequence[Example]
+) -> tuple[Example, ...]:
+    """General rows to train on: none that asks what the probe asks."""
+    default = settings.training.general_file or FOLDER / "general_replay.jsonl"
+    rows = _general(request.general_replay or default, request.rows)
+    asked = {row.prompt_key for row in probe}
+    return tuple(row for row in rows if row.prompt_key not in asked)
 
 
 def _write_suites(bench: Bench) -> None:
