@@ -32,14 +32,13 @@ class Pick:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sight:
-    """How often a row was seen in this run; in which epoch last, and its loss then.
+    """How often a row was seen in this run, and in which epoch last.
 
-    num_mastered: how often in succession that loss was under `Mix.mastered`.
+    num_mastered: how often in succession its loss was under `Mix.mastered`.
     """
 
     num: int = 0
     epoch: int = 0
-    loss: float = 0.0
     num_mastered: int = 0
 
 
@@ -149,20 +148,17 @@ def epoch_batches(mix: Mix, seen: Seen, epoch: int) -> tuple[Batch, ...]:
     """The batches of one epoch; all epochs have about the same tokens.
 
     New rows that do not rest, pairs and judgements are seen once. Replay has its share and the
-    tokens of those that rest: rows that were not seen yet come first, then those with the highest
-    loss. General rows take turns. No row is seen twice.
+    tokens of those that rest. Replayed and general rows take turns; no row is seen twice.
     """
     random_ = random.Random(f"{mix.seed} {epoch}")
     drawn: list[list[int]] = []
     num_rested = 0
     for source, (order, sizes) in enumerate(zip(mix.orders_S, mix.sizes_S, strict=True)):
         sights = {i: seen.get(Pick(source=source, index=i), Sight()) for i in order}
-        if source == _REPLAY:
-            first = sorted(order, key=lambda i: (sights[i].num > 0, -sights[i].loss))
-            drawn.append(_draw(first, sizes, mix.wanted_S[source] + num_rested))
-        elif source == _GENERAL:
+        if source in (_REPLAY, _GENERAL):
             first = sorted(order, key=lambda i: sights[i].num)
-            drawn.append(_draw(first, sizes, mix.wanted_S[source]))
+            more = num_rested if source == _REPLAY else 0
+            drawn.append(_draw(first, sizes, mix.wanted_S[source] + more))
         else:
             awake = [i for i in order if source != _NEW or not _rests(sights[i], epoch)]
             num_rested += sum(sizes) - sum(sizes[i] for i in awake)
@@ -179,7 +175,7 @@ def _rests(sight: Sight, epoch: int) -> bool:
 
 def _seen_again(before: Sight, epoch: int, loss: float, mastered: float) -> Sight:
     num_mastered = before.num_mastered + 1 if loss < mastered else 0
-    return Sight(num=before.num + 1, epoch=epoch, loss=loss, num_mastered=num_mastered)
+    return Sight(num=before.num + 1, epoch=epoch, num_mastered=num_mastered)
 
 
 def _draw(order: Sequence[int], sizes: Sequence[int], num_tokens: float) -> list[int]:
