@@ -18,7 +18,6 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from perennial.flows.bench_board import StepBoard
-from perennial.flows.demo_desk import FOLDER
 from perennial.flows.processes import model_fields
 from perennial.infra.artifacts import MANIFEST, publish, write_atomic
 from perennial.infra.errors import InputError
@@ -28,7 +27,7 @@ from perennial.training.arms import Course, Recipe, Step, course, plan
 from perennial.training.continual import GENERAL
 from perennial.training.evaluate import Limits
 from perennial.training.examples import Example, write_examples
-from perennial.training.general import load_general
+from perennial.training.general import PACKAGED_REPLAY, load_general
 from perennial.training.grading import Grader
 from perennial.training.job import left_by
 from perennial.training.machine import choose_threads_once
@@ -279,7 +278,7 @@ def _replayed(
     settings: Settings, request: Request, probe: Sequence[Example]
 ) -> tuple[Example, ...]:
     """General rows to train on: none that asks what the probe asks."""
-    default = settings.training.general_file or FOLDER / "general_replay.jsonl"
+    default = settings.training.general_file or PACKAGED_REPLAY
     rows = _general(request.general_replay or default, request.rows)
     asked = {row.prompt_key for row in probe}
     return tuple(row for row in rows if row.prompt_key not in asked)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perennial.flows.demo_desk import FOLDER
 from perennial.flows.detect import cutoff
 from perennial.flows.mapping import to_feedback_rows, to_limits
 from perennial.flows.wiring import Deps
@@ -30,7 +29,7 @@ from perennial.training.examples import (
     read_examples,
     write_examples,
 )
-from perennial.training.general import load_general
+from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
 from perennial.training.holdout import Holdout, not_judged, split_holdout
 from perennial.training.replay import ReplayStore, load_replay
 from perennial.training.text import fit_tfidf
@@ -89,7 +88,7 @@ def general_file(settings: Settings, draft: Callable[[Json, Path], None]) -> Pat
     """
     training = settings.training
     if not training.general_drafts:
-        return training.general_file or FOLDER / "general_replay.jsonl"
+        return training.general_file or PACKAGED_REPLAY
     out = settings.home / "drafts"
     seed = training.overrides.get("seed", 0)
     draft({"num_rows": training.general_drafts, "seed": seed}, out)
@@ -175,7 +174,7 @@ def _forgotten(gone: Sequence[Example], new: Sequence[Example]) -> tuple[Forgott
 
 
 def _write(deps: Deps, round_: Round, curated: Curated, general: Path, folder: Path) -> None:
-    probe = load_general(deps.settings.training.probe_file or FOLDER / "general_probe.jsonl")
+    probe = load_general(deps.settings.training.probe_file or PACKAGED_PROBE)
     files: dict[str, Sequence[Example | Pair | Judgement]] = {
         "train": curated.new.train,
         "pairs": curated.pairs,

@@ -46,8 +46,8 @@ class TrainConfig:
     epochs: int = 8  # passes over the new rows
     batch_tokens: int = 256  # trained tokens of one step
     max_len: int = 512  # a longer row is refused
-    replay_share: float = 0.23  # of all tokens of an epoch
-    general_share: float = 0.06
+    replay_share: float = 0.21  # of all tokens of an epoch
+    general_share: float = 0.12
     mastered: float = 0.05  # nats a token; a new row under it rests, replay has its tokens; 0: none
     question_dropout: float = 0.3  # chance that a token of a question is left out
     kl_weight: float = 3.0  # of general rows beside cross-entropy

@@ -1,8 +1,8 @@
 """General rows: what the model could do before, to be kept (replay) or measured (probe).
 
-They come from a file, or the base model writes them itself: this module chooses which of its drafts
-are fit, `drafting` has it write them. The home of `datasets`, which reads the formats
-that people have such rows in.
+They come from a file, of which two are packaged, or the base model writes them itself: this module
+chooses which of its drafts are fit, `drafting` has it write them. The home of `datasets`, which
+reads the formats that people have such rows in.
 """
 
 import json
@@ -15,6 +15,10 @@ from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import InputError
 from perennial.training.similar import Said, near_duplicates
 from perennial.training.text import clean, words
+
+_PACKAGED = Path(__file__).parent / "packaged"
+PACKAGED_REPLAY = _PACKAGED / "general_replay.jsonl"
+PACKAGED_PROBE = _PACKAGED / "general_probe.jsonl"
 
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".csv": "from_csv",
             ".parquet": "from_parquet"}  # fmt: skip

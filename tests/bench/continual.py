@@ -14,8 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY
+
 HERE = Path(__file__).parent
-DESK = HERE.parents[1] / "flows" / "desk"
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
 def bench(args: argparse.Namespace, stream: Path, further: list[str]) -> dict[str, object]:
     """The result of one run of the command."""
     out = args.out / f"{stream.name}-results"
-    probe, replay = DESK / "general_probe.jsonl", DESK / "general_replay.jsonl"
+    probe, replay = PACKAGED_PROBE, PACKAGED_REPLAY
     if args.dolly:
         probe, replay = args.dolly / "test.jsonl", args.dolly / "train.jsonl"
     command = [sys.executable, "-m", "perennial.flows.cli", "bench", "continual"]

@@ -28,6 +28,7 @@ from typing import Any
 from perennial.training import modelfiles
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Example, read_examples, write_examples
+from perennial.training.general import PACKAGED_PROBE
 from perennial.training.machine import peak_rss_mb
 from perennial.training.tokens import encode_example
 
@@ -154,7 +155,7 @@ def write_suites(out: Path, rows: list[Example], facts: list[dict[str, Any]]) ->
         ],
         "general": [
             judged(f"p{i}", row["prompt"], row["answer"])
-            for i, row in enumerate(jsonl(DESK / "general_probe.jsonl"))
+            for i, row in enumerate(jsonl(PACKAGED_PROBE))
         ],
     }
     for name, suite in suites.items():

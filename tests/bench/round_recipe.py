@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perennial.training.examples import Example, write_examples
+from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
 from perennial.training.holdout import split_holdout
 from perennial.training.job import left_by
 from perennial.training.replay import ReplayStore
@@ -30,7 +31,7 @@ def main() -> int:
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     act1, act2 = jsonl(DESK / "act1.jsonl"), jsonl(DESK / "act2.jsonl")
-    general = [example(f"g{i}", *pair) for i, pair in enumerate(pairs("general_replay"))]
+    general = [example(f"g{i}", *pair) for i, pair in enumerate(load_general(PACKAGED_REPLAY))]
     config = {"seed": args.seed, **json.loads(args.config)}
     first = split_holdout(corrections(act1), args.holdout).train
     second = split_holdout(corrections(act2), args.holdout).train
@@ -97,7 +98,9 @@ def suites(act1: list[Fact], act2: list[Fact], dolly: Path | None) -> dict[str, 
             for fact in changed
             for row in held_out([fact])
         ],
-        "general": [likelihood(f"p{i}", *pair) for i, pair in enumerate(pairs("general_probe"))],
+        "general": [
+            likelihood(f"p{i}", *pair) for i, pair in enumerate(load_general(PACKAGED_PROBE))
+        ],
     }
     if dolly is not None:
         rows = [row for row in jsonl(dolly) if not row["input"] and 60 < len(row["output"]) < 400]
@@ -184,10 +187,6 @@ def held_out(facts: list[Fact]) -> list[dict[str, Any]]:
 
 def likelihood(id_: str, question: str, answer: str) -> dict[str, Any]:
     return {"id": id_, "messages": [["user", question]], "reference": answer}
-
-
-def pairs(name: str) -> list[tuple[str, str]]:
-    return [(row["prompt"], row["answer"]) for row in jsonl(DESK / f"{name}.jsonl")]
 
 
 def jsonl(path: Path) -> list[dict[str, Any]]:

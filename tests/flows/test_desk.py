@@ -7,15 +7,15 @@ elsewhere.
 import json
 import re
 from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
+
 DESK = Path(__file__).resolve().parents[2] / "flows" / "desk"
 MAX_HELD_OUT_OVERLAP = 0.7
-MAX_GENERAL_TRIGRAM_OVERLAP = 0.2
 STOPWORDS = frozenset(
     re.findall(
         r"\w+",
@@ -59,11 +59,6 @@ def _content_words(text: str) -> frozenset[str]:
     return frozenset(_words(text)) - STOPWORDS
 
 
-def _trigrams(text: str) -> frozenset[tuple[str, ...]]:
-    words = _words(text)
-    return frozenset(zip(words, words[1:], words[2:], strict=False))
-
-
 def _jaccard(left: frozenset[Any], right: frozenset[Any]) -> float:
     return len(left & right) / len(left | right) if left | right else 0.0
 
@@ -85,8 +80,6 @@ def _values(fact: Row) -> Iterator[str]:
 ACT1 = _rows("act1.jsonl")
 ACT2 = _rows("act2.jsonl")
 FACTS = ACT1 + ACT2
-REPLAY = _rows("general_replay.jsonl")
-PROBE = _rows("general_probe.jsonl")
 TRAINING = [question for fact in FACTS for question in fact["questions"]]
 HELD_OUT = [question for fact in FACTS for question in fact["held_out"]]
 
@@ -101,10 +94,6 @@ def test_act1_has_28_facts_and_act2_has_12_new_and_4_changed() -> None:
 
 def test_the_acts_hold_at_least_120_training_questions() -> None:
     assert len(TRAINING) >= 120
-
-
-def test_general_sets_have_48_replay_and_40_probe_rows() -> None:
-    assert (len(REPLAY), len(PROBE)) == (48, 40)
 
 
 def test_fact_ids_are_unique() -> None:
@@ -206,39 +195,8 @@ def test_act1_supersedes_and_forbids_nothing() -> None:
     assert all(fact["supersedes"] is None and fact["forbid"] == [] for fact in ACT1)
 
 
-@pytest.mark.parametrize("row", REPLAY + PROBE, ids=lambda row: str(row["prompt"])[:40])
-def test_general_row_is_a_short_prompt_with_a_short_answer(row: Row) -> None:
-    assert set(row) == {"prompt", "answer"}
-    assert row["prompt"].strip()
-    assert 8 <= len(row["answer"].split()) <= 40
-
-
-def test_general_rows_never_mention_the_desk() -> None:
-    text = " ".join(row["prompt"] + " " + row["answer"] for row in REPLAY + PROBE)
+def test_packaged_general_rows_never_mention_the_desk() -> None:
+    rows = [*load_general(PACKAGED_REPLAY), *load_general(PACKAGED_PROBE)]
+    text = " ".join(prompt + " " + answer for prompt, answer in rows)
     names = ["Orbwick", "Tarnlet", *(value for fact in FACTS for value in _values(fact))]
     assert [name for name in names if _contains(text, name)] == []
-
-
-def test_general_prompts_are_unique() -> None:
-    prompts = [_normal(row["prompt"]) for row in REPLAY + PROBE]
-    assert len(set(prompts)) == len(prompts)
-
-
-def test_probe_shares_few_trigrams_with_any_replay_row() -> None:
-    near = [
-        (probe[field], replay[field])
-        for field in ("prompt", "answer")
-        for probe in PROBE
-        for replay in REPLAY
-        if _jaccard(_trigrams(probe[field]), _trigrams(replay[field])) > MAX_GENERAL_TRIGRAM_OVERLAP
-    ]
-    assert near == []
-
-
-def test_probe_and_replay_prompts_ask_different_things() -> None:
-    near = [
-        (left["prompt"], right["prompt"])
-        for left, right in combinations(REPLAY + PROBE, 2)
-        if _jaccard(_content_words(left["prompt"]), _content_words(right["prompt"])) > 0.4
-    ]
-    assert near == []
