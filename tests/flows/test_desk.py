@@ -13,20 +13,10 @@ from typing import Any
 import pytest
 
 from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
+from tests.wording import content_words, jaccard, normal
 
 DESK = Path(__file__).resolve().parents[2] / "flows" / "desk"
 MAX_HELD_OUT_OVERLAP = 0.7
-STOPWORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        a about all am an and any are as at be been by can could did do does down for from get had
-        has have how i if in is it its me must my of on or out please should so tell that the their
-        them there they this to up us was we what when where which who whom whose why will with
-        would you your
-        """,
-    )
-)
 FACT_KEYS = {
     "id",
     "topic",
@@ -47,24 +37,8 @@ def _rows(name: str) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.casefold())
-
-
-def _normal(text: str) -> str:
-    return " ".join(_words(text))
-
-
-def _content_words(text: str) -> frozenset[str]:
-    return frozenset(_words(text)) - STOPWORDS
-
-
-def _jaccard(left: frozenset[Any], right: frozenset[Any]) -> float:
-    return len(left & right) / len(left | right) if left | right else 0.0
-
-
 def _contains(text: str, value: str) -> bool:
-    return f" {_normal(value)} " in f" {_normal(text)} "
+    return f" {normal(value)} " in f" {normal(text)} "
 
 
 def _satisfies(text: str, fact: Row) -> bool:
@@ -101,12 +75,12 @@ def test_fact_ids_are_unique() -> None:
 
 
 def test_no_question_occurs_twice_in_either_act() -> None:
-    questions = [_normal(question) for question in TRAINING + HELD_OUT]
+    questions = [normal(question) for question in TRAINING + HELD_OUT]
     assert sorted(questions) == sorted(set(questions))
 
 
 def test_answers_are_unique() -> None:
-    assert len({_normal(fact["answer"]) for fact in FACTS}) == len(FACTS)
+    assert len({normal(fact["answer"]) for fact in FACTS}) == len(FACTS)
 
 
 @each_fact
@@ -123,9 +97,9 @@ def test_must_is_a_list_of_nonempty_groups_of_nonempty_strings(fact: Row) -> Non
     for group in fact["must"]:
         assert isinstance(group, list)
         assert group
-        assert all(isinstance(value, str) and _normal(value) for value in group)
+        assert all(isinstance(value, str) and normal(value) for value in group)
     assert isinstance(fact["forbid"], list)
-    assert all(isinstance(value, str) and _normal(value) for value in fact["forbid"])
+    assert all(isinstance(value, str) and normal(value) for value in fact["forbid"])
 
 
 @each_fact
@@ -166,7 +140,7 @@ def test_held_out_questions_differ_from_every_training_question(fact: Row) -> No
         (held_out, question)
         for held_out in fact["held_out"]
         for question in TRAINING
-        if _jaccard(_content_words(held_out), _content_words(question)) > MAX_HELD_OUT_OVERLAP
+        if jaccard(content_words(held_out), content_words(question)) > MAX_HELD_OUT_OVERLAP
     ]
     assert too_near == []
 

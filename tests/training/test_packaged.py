@@ -1,42 +1,13 @@
 """Facts about the packaged general rows: short to train on, measured on other questions."""
 
-import re
 from collections.abc import Sequence
 from itertools import combinations, product
 
 from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
+from tests.wording import content_words, jaccard, trigrams
 
 REPLAY = load_general(PACKAGED_REPLAY)
 PROBE = load_general(PACKAGED_PROBE)
-STOPWORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        a about all am an and any are as at be been by can could did do does down for from get had
-        has have how i if in is it its me must my of on or out please should so tell that the their
-        them there they this to up us was we what when where which who whom whose why will with
-        would you your
-        """,
-    )
-)
-Words = frozenset[str] | frozenset[tuple[str, ...]]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.casefold())
-
-
-def _subjects(text: str) -> frozenset[str]:
-    return frozenset(_words(text)) - STOPWORDS
-
-
-def _trigrams(text: str) -> frozenset[tuple[str, ...]]:
-    words = _words(text)
-    return frozenset(zip(words, words[1:], words[2:], strict=False))
-
-
-def _jaccard(left: Words, right: Words) -> float:
-    return len(left & right) / len(left | right) if left | right else 0.0
 
 
 def _words_of(texts: Sequence[str]) -> list[int]:
@@ -60,7 +31,7 @@ def test_no_two_prompts_ask_the_same() -> None:
     near = [
         (left, right)
         for left, right in combinations(prompts, 2)
-        if _jaccard(_subjects(left), _subjects(right)) > 0.4
+        if jaccard(content_words(left), content_words(right)) > 0.4
     ]
     assert near == []
 
@@ -70,6 +41,6 @@ def test_probe_repeats_no_row_that_is_trained_on() -> None:
         (probe[part], replay[part])
         for part in (0, 1)
         for probe, replay in product(PROBE, REPLAY)
-        if _jaccard(_trigrams(probe[part]), _trigrams(replay[part])) > 0.2
+        if jaccard(trigrams(probe[part]), trigrams(replay[part])) > 0.2
     ]
     assert near == []
