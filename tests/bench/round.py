@@ -28,7 +28,7 @@ from typing import Any
 from perennial.training import modelfiles
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Example, read_examples, write_examples
-from perennial.training.general import PACKAGED_PROBE
+from perennial.training.general import PACKAGED_PROBE, load_general
 from perennial.training.machine import peak_rss_mb
 from perennial.training.tokens import encode_example
 
@@ -153,10 +153,7 @@ def write_suites(out: Path, rows: list[Example], facts: list[dict[str, Any]]) ->
             if fact["id"] in known
             for i, question in enumerate(fact["held_out"])
         ],
-        "general": [
-            judged(f"p{i}", row["prompt"], row["answer"])
-            for i, row in enumerate(jsonl(PACKAGED_PROBE))
-        ],
+        "general": [judged(f"p{i}", *pair) for i, pair in enumerate(load_general(PACKAGED_PROBE))],
     }
     for name, suite in suites.items():
         lines = "".join(json.dumps(row) + "\n" for row in suite)

@@ -26,6 +26,10 @@ def test_rows_to_measure_on_also_hold_answers_longer_than_any_that_is_trained_on
     assert sum(len(answer.split()) > longest for _, answer in PROBE) >= 20
 
 
+def test_no_row_is_empty() -> None:
+    assert _words_of([text for row in (*REPLAY, *PROBE) for text in row])[0] >= 1
+
+
 def test_no_two_prompts_ask_the_same() -> None:
     prompts = [prompt for prompt, _ in (*REPLAY, *PROBE)]
     near = [
