@@ -1,8 +1,7 @@
 """Checkpoints from which a killed run goes on to the same adapter.
 
-A checkpoint holds adapter weights, optimiser moments, the generator's state and the cursor: the
-losses of the rows of each finished step. Batches are not stored: they follow from the seed and
-those losses.
+A checkpoint holds adapter weights, optimiser moments, the generator's state and the cursor: what
+each finished step found. Batches are not stored: they follow from the seed and the rows' losses.
 """
 
 import json
@@ -10,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -25,16 +25,29 @@ _RNG = "rng"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a finished step found: its loss, and those of its rows in the order of its batch.
+
+    kl: nats a token of its general rows, None without any.
+    """
+
+    loss: float
+    row_losses: tuple[float, ...]
+    kl: float | None
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cursor:
-    """Where a run of a job was: the losses of each finished step, in the order of its batch."""
+    """Where a run of a job was."""
 
     job: str
-    losses: tuple[tuple[float, ...], ...] = ()
+    found: tuple[Found, ...] = ()
 
     @property
     def step(self) -> int:
         """How many steps are finished."""
-        return len(self.losses)
+        return len(self.found)
 
 
 def save(
@@ -66,7 +79,7 @@ def save(
             step=cursor.step,
         ) from error
     for old in folder.iterdir():
-        if old != target:
+        if old.is_dir() and old != target:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -75,7 +88,8 @@ def restore(
 ) -> Cursor:
     """Set weights and optimiser to the newest whole checkpoint of this job; step 0 without one.
 
-    The weights may be on another device than those that were saved.
+    What else lies there is deleted: it would stand where this job's checkpoints go. The weights may
+    be on another device than those that were saved.
     """
     for found in sorted(folder.glob("step-*"), reverse=True):
         try:
@@ -86,8 +100,13 @@ def restore(
         state = json.loads((found / _STATE).read_text())
         if state["job"] == job:
             _load(found / _TENSORS, weights, optimizer)
-            return Cursor(job=job, losses=tuple(tuple(step) for step in state["losses"]))
+            return Cursor(job=job, found=tuple(_found(step) for step in state["found"]))
+        shutil.rmtree(found)
     return Cursor(job=job)
+
+
+def _found(step: dict[str, Any]) -> Found:  # Any: JSON
+    return Found(**{**step, "row_losses": tuple(step["row_losses"])})
 
 
 def _load(path: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

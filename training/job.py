@@ -88,7 +88,9 @@ def read_train_job(path: Path) -> TrainJob:
         raise ConfigError("train_rows must name a file, got null", name="train_rows")
     config = configs.from_json(_mapping(raw, "config", {}))
     adapters = [
-        folder / "adapter_model.safetensors" if folder else None for folder in (parent, fast)
+        folder / name if folder else None
+        for folder in (parent, fast)
+        for name in ("adapter_model.safetensors", "adapter_config.json")
     ]
     manifest = teachers / MANIFEST if teachers else None
     settings = [raw["base_model"], config.to_json()]

@@ -6,6 +6,7 @@ Training it is `trainer`'s business.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,10 @@ def load_into(model: Any, folder: Path) -> None:  # Any: peft
     """Set the attached adapter's weights to those in `folder`; shapes and names must be equal.
 
     Raises:
-        TrainingError: the adapter in the folder has another rank, other targets or layers.
+        TrainingError: the adapter in the folder has another rank, scale, other targets or layers.
+        IntegrityError: its config is damaged.
     """
+    check_scale(model, folder)
     set_state(model, read_state(folder), folder)
 
 
@@ -106,15 +109,49 @@ def set_state(model: Any, given: Mapping[str, Tensor], origin: Path) -> None:  #
     peft.set_peft_model_state_dict(model, dict(given))
 
 
+def check_scale(model: Any, folder: Path) -> None:  # Any: peft
+    """Raise TrainingError unless weights in `folder` give the ΔW here that they gave there."""
+    fields, own = read_config(folder), model.peft_config["default"]
+    there, here = scale_of(fields), scale_of(own.to_dict())
+    if not math.isclose(there, here) or fields["use_dora"] != own.use_dora:
+        raise TrainingError(
+            f"the parent adapter in {folder} has ΔW = {there:g}·B·A, this config {here:g}·B·A; use "
+            "start = 'base' or the parent's alpha, scaling and method"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:  # Any: JSON
+    """The adapter's config, as PEFT writes it.
+
+    Raises:
+        ModelMissingError: there is none in the folder.
+        IntegrityError: the file is not one.
+    """
+    path = folder / CONFIG
+    try:
+        fields: dict[str, Any] = json.loads(path.read_bytes())
+        scale_of(fields)
+    except OSError as error:
+        raise ModelMissingError(f"cannot read {path}: {error.strerror}", path=str(path)) from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise IntegrityError(f"{path} is not an adapter's config: {error!r}") from error
+    return {"use_dora": False, **fields}
+
+
+def scale_of(fields: Mapping[str, Any]) -> float:  # Any: JSON
+    """The factor on B·A: alpha / rank, or alpha / √rank with rsLoRA (Kalajdzievski 2023, eq. 4)."""
+    rank: int = fields["r"]
+    alpha: float = fields["lora_alpha"]
+    return alpha / (rank**0.5 if fields.get("use_rslora") else rank)
+
+
 def merge(model: Any, folder: Path) -> dict[str, Tensor]:  # Any: transformers
     """Add the ΔW in `folder` to a plain model; returns the replaced weights for `unmerge`.
 
     Merged weights spare evaluation the adapter's extra products; ΔW is added in fp32, and the sum
     rounded to the dtype of the model.
     """
-    fields = json.loads((folder / CONFIG).read_text())
-    rank = fields["r"]
-    scale = fields["lora_alpha"] / (rank**0.5 if fields["use_rslora"] else rank)
+    scale = scale_of(read_config(folder))
     state = read_state(folder)
     kept: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -46,7 +46,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairRows:
-    """Two answers to one prompt; they share a step, so the prompt is computed once."""
+    """Two answers to one prompt; they share a step, for their difference is what is learned."""
 
     id: str
     chosen: TokenRow

@@ -111,7 +111,9 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
         console.print(f"already trained: {adapter}", highlight=False)
         return
     started = time.monotonic()
-    num_threads, place = choose_threads(job.num_threads), choose_place(job.device, job.dtype)
+    checkpoints = out / "checkpoints"
+    num_threads = choose_threads_once(checkpoints / "num_threads", job.num_threads)
+    place = choose_place(job.device, job.dtype)
     fix_cublas_workspace()
     torch.use_deterministic_algorithms(True)
     # It would fill every new tensor, 3% of a round; nothing reads memory before it is written.
@@ -123,7 +125,6 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
     rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
     model = lora.attach(modelfiles.load_model(base, place), job.config)
     _load_start(model, job, beginning.start)
-    checkpoints = out / "checkpoints"
     trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
     for old in (adapter, out / "fast", out / "teachers"):
         shutil.rmtree(old, ignore_errors=True)  # of another job, or of this one killed at the end
@@ -210,7 +211,6 @@ def _train(
     trunk_of: TrunkOf,
     console: Console,
 ) -> Trained:
-    checkpoints.mkdir(exist_ok=True)
     with ProgressLog(checkpoints.parent / "progress.jsonl", console) as log:
         return trainer.train(
             model,
@@ -228,7 +228,10 @@ def _load_start(model: Any, job: TrainJob, start: Start) -> None:  # Any: peft
     if job.parent_adapter is None or start == "base":
         return
     if start == "slow-fast":
-        fast = lora.read_state(job.fast_adapter or job.parent_adapter)
+        fast_adapter = job.fast_adapter or job.parent_adapter
+        for folder in (job.parent_adapter, fast_adapter):
+            lora.check_scale(model, folder)
+        fast = lora.read_state(fast_adapter)
         lora.set_state(model, rounds.orthogonal(fast), job.parent_adapter)
     else:
         lora.load_into(model, job.parent_adapter)

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perennial.infra.errors import TrainingError
+from perennial.infra.errors import InputError, TrainingError
 from perennial.training import checkpoint, lora, objective
-from perennial.training.checkpoint import Cursor
+from perennial.training.checkpoint import Cursor, Found
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
 from perennial.training.mix import Batch, Mix, Planned, Shares, make_mix, steps
 from perennial.training.objective import BatchLoss
-from perennial.training.prepared import Prepared, Sources, TrunkOf, prepare
+from perennial.training.prepared import GENERAL, Prepared, Sources, TrunkOf, prepare
 from perennial.training.progress import StepRecord
 from perennial.training.recipes import RECIPES
 from perennial.training.trunk import SplitModel
@@ -36,27 +36,17 @@ _LOOK_BACK = 5  # steps whose mean loss tells whether a run diverges
 class Trained:
     """What a finished loop reports.
 
-    num_parts: into how many a batch had to be cut for memory. kl_to_base: nats a token of general
-    rows, since the checkpoint before the last look.
+    num_parts: into how many a batch had to be cut for memory, since resumed_from. kl_to_base: nats
+    a token of general rows, as in `recent_kl`.
     """
 
     num_steps: int
     resumed_from: int
-    num_tokens: int = 0
-    last_loss: float = math.nan
-    num_parts: int = 1
-    kl_to_base: float | None = None
+    num_tokens: int
+    last_loss: float
+    num_parts: int
+    kl_to_base: float | None
     stopped_because: str | None = None
-
-    def after(self, found: BatchLoss, step: int, num_parts: int) -> "Trained":
-        """With one more step."""
-        return replace(
-            self,
-            num_steps=step,
-            num_tokens=self.num_tokens + found.num_tokens,
-            last_loss=found.total.item(),
-            num_parts=num_parts,
-        )
 
 
 def train(
@@ -72,39 +62,55 @@ def train(
     """Train the attached adapter in place; goes on from the newest checkpoint of the same job.
 
     Raises:
+        InputError: there is a KL budget, and no general row to measure the KL on.
         TrainingError: the loss is not finite or diverges, or one row alone does not fit in memory.
         UnavailableError: a checkpoint cannot be written; the ones before it are whole.
     """
     mix = mix_of(sources, config)
+    check_budget(mix, config)
     prepared = prepare(model, sources, config, trunk_of, mix.drawable)
     weights = lora.trainable(model)
     optimizer = make_optimizer(weights, config)
-    cursor = checkpoint.restore(checkpoints, job, weights, optimizer)
-    trained = Trained(num_steps=cursor.step, resumed_from=cursor.step)
-    started, losses, kls = time.monotonic(), list[float](), list[float]()
-    seen = list(cursor.losses)
+    restored = checkpoint.restore(checkpoints, job, weights, optimizer)
+    started, num_parts = time.monotonic(), 1
+    done, seen = list(restored.found), [found.row_losses for found in restored.found]
     for planned in steps(mix, seen):
         lr = set_rate(optimizer, learning_rate(planned, config))
-        found, num_parts = gradients(prepared, planned, config, optimizer, trained.num_parts)
+        found, num_parts = gradients(prepared, planned, config, optimizer, num_parts)
         norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), config.max_grad_norm)
-        losses.append(found.total.item())
+        done.append(_found(found, objective.unit_losses(prepared, planned.batch, found)))
+        losses = [step.loss for step in done]
         check_loss(losses, float(norm), found, planned.step, model.config.vocab_size)
         optimizer.step()
-        seen.append(objective.unit_losses(prepared, planned.batch, found))
-        kls += [found.kl] if found.kl is not None else []
-        trained = trained.after(found, planned.step, num_parts)
+        seen.append(done[-1].row_losses)
         on_step(_record(planned, found, lr, float(norm), time.monotonic() - started))
         is_last = planned.step == planned.num_steps
         if planned.step % config.checkpoint_steps and not is_last:
             continue
-        trained = replace(trained, kl_to_base=sum(kls) / len(kls) if kls else None)
-        if config.kl_budget and (trained.kl_to_base or 0) > config.kl_budget:
+        kl = recent_kl(done, config.checkpoint_steps)
+        if config.kl_budget and kl is not None and kl > config.kl_budget:
             good = checkpoint.restore(checkpoints, job, weights, optimizer)
-            return stopped_by_budget(trained, good, planned.step, config.kl_budget)
+            said = said_of_budget(good, kl, planned.step, config.kl_budget)
+            trained = _trained(good.found, config, restored.step, num_parts)
+            return replace(trained, stopped_because=said)
         if not is_last:
-            checkpoint.save(checkpoints, Cursor(job=job, losses=tuple(seen)), weights, optimizer)
-        kls = []
-    return trained
+            checkpoint.save(checkpoints, Cursor(job=job, found=tuple(done)), weights, optimizer)
+    return _trained(done, config, restored.step, num_parts)
+
+
+def check_budget(mix: Mix, config: TrainConfig) -> None:
+    """Raise InputError for a KL budget that nothing would be measured for."""
+    if config.kl_budget and not any(pick.source == GENERAL for pick in mix.drawable):
+        raise InputError(
+            f"kl_budget is {config.kl_budget:g}, but this round draws no general rows, on which "
+            "the KL is measured; take a recipe with an anchor and a general_share, or set it to 0"
+        )
+
+
+def recent_kl(done: Sequence[Found], num_looks: int) -> float | None:
+    """Mean KL of the newest `num_looks` steps that had general rows; None if none had."""
+    kls = [step.kl for step in done if step.kl is not None][-num_looks:]
+    return sum(kls) / len(kls) if kls else None
 
 
 def mix_of(sources: Sources, config: TrainConfig) -> Mix:
@@ -221,17 +227,39 @@ def check_loss(
     )
 
 
-def stopped_by_budget(trained: Trained, good: Cursor, step: int, budget: float) -> Trained:
-    """The report of a run that went back to its last good checkpoint.
+def said_of_budget(good: Cursor, kl: float, step: int, budget: float) -> str:
+    """Why a run went back to its last good checkpoint.
 
     Raises:
         TrainingError: there is none.
     """
-    said = f"KL to the base is {trained.kl_to_base:.3g} at step {step}, over kl_budget {budget:g}"
+    said = f"KL to the base is {kl:.3g} at step {step}, over kl_budget {budget:g}"
     if good.step == 0:
         raise TrainingError(f"{said}, before the first checkpoint; lower lr or raise kl_weight")
     _LOG.warning("%s: back to step=%d", said, good.step)
-    return replace(trained, num_steps=good.step, stopped_because=said)
+    return said
+
+
+def _found(found: BatchLoss, row_losses: Sequence[float]) -> Found:
+    return Found(
+        loss=found.total.item(),
+        row_losses=tuple(row_losses),
+        kl=found.kl,
+        num_tokens=found.num_tokens,
+    )
+
+
+def _trained(
+    done: Sequence[Found], config: TrainConfig, resumed_from: int, num_parts: int
+) -> Trained:
+    return Trained(
+        num_steps=len(done),
+        resumed_from=resumed_from,
+        num_tokens=sum(step.num_tokens for step in done),
+        last_loss=done[-1].loss if done else math.nan,
+        num_parts=num_parts,
+        kl_to_base=recent_kl(done, config.checkpoint_steps),
+    )
 
 
 def _badness(loss: float) -> float:

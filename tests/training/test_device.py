@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perennial.infra.errors import ConfigError
 from perennial.training import checkpoint, lora, objective, rounds, trainer
 from perennial.training.cache import TrunkCache
-from perennial.training.checkpoint import Cursor
+from perennial.training.checkpoint import Cursor, Found
 from perennial.training.config import TrainConfig
 from perennial.training.evaluate import Limits, base_top_k, evaluate
 from perennial.training.grading import EvalRow
@@ -265,6 +265,9 @@ def test_an_adapter_leaves_the_device_to_be_averaged(tmp_path: Path) -> None:
     assert {weight.device.type for weight in found.values()} == {"cpu"}
 
 
+FOUND = Found(loss=1.0, row_losses=(1.0,), kl=None, num_tokens=3)
+
+
 def test_a_checkpoint_is_restored_to_the_device_of_the_weights(tmp_path: Path) -> None:
     config = with_fields(checkpoint_steps=2, epochs=1)
     model = lora.attach(tiny_model(), config)
@@ -273,7 +276,7 @@ def test_a_checkpoint_is_restored_to_the_device_of_the_weights(tmp_path: Path) -
     for weight in weights.values():
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    checkpoint.save(tmp_path, Cursor(job="j", losses=((1.0,),)), weights, optimizer)
+    checkpoint.save(tmp_path, Cursor(job="j", found=(FOUND,)), weights, optimizer)
     there = lora.trainable(model.to("meta"))
     fresh = torch.optim.AdamW(there.values())
     assert checkpoint.restore(tmp_path, "j", there, fresh).step == 1

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from perennial.infra import artifacts
-from perennial.infra.errors import TrainingError
+from perennial.infra.errors import InputError, TrainingError
 from perennial.training import lora, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
@@ -221,22 +222,94 @@ def test_a_run_over_its_kl_budget_keeps_the_last_good_checkpoint(
     sources = Sources(new=encoded(0, 10), general=encoded(40, 4, "general"))
     free = with_fields(kl_weight=0.0, general_share=0.3, epochs=10)
     _, whole, steps = trained(free, tmp_path / "a", sources)
-    looks = [
-        sum(s.kl or 0 for s in steps[i : i + 3]) / sum(s.kl is not None for s in steps[i : i + 3])
-        for i in range(0, len(steps), 3)
-    ]
+    ends = range(3, len(steps), 3)
+    looks = [mean_of_last_three([s.kl for s in steps[:end]]) for end in ends]
     over = next(i for i, kl in enumerate(looks) if i > 1 and kl > max(looks[:i]))
     held = trainer.replace(free, kl_budget=(max(looks[:over]) + looks[over]) / 2)
     with caplog.at_level(logging.WARNING):
         model, found, _ = trained(held, tmp_path / "b", sources)
-    assert found.num_steps == 3 * over < whole.num_steps
+    assert found.num_steps == ends[over - 1] < whole.num_steps
+    assert found.kl_to_base == pytest.approx(looks[over - 1])  # of what is kept
     assert found.stopped_because is not None
     assert "over kl_budget" in caplog.text
-    state, good = lora.state(model), tmp_path / "b" / f"step-{3 * over:06d}"
-    assert good.is_dir()
+    good = tmp_path / "b" / f"step-{found.num_steps:06d}" / "tensors.safetensors"
+    kept = safetensors.torch.load_file(good)
+    for name, weight in lora.trainable(model).items():
+        assert torch.equal(weight, kept[f"weight/{name}"])
     _, again, _ = trained(held, tmp_path / "b", sources)
-    assert again.num_steps == found.num_steps
-    assert state
+    assert trainer.replace(again, resumed_from=0) == found
+
+
+def mean_of_last_three(kls: list[float | None]) -> float:
+    last = [kl for kl in kls if kl is not None][-3:]
+    return sum(last) / len(last)
+
+
+def test_a_kl_budget_without_general_rows_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="draws no general rows"):
+        trained(with_fields(kl_budget=0.1), tmp_path, Sources(new=encoded(0, 10)))
+
+
+def test_the_kl_of_a_run_is_of_its_newest_steps_with_general_rows(tmp_path: Path) -> None:
+    sources = Sources(new=encoded(0, 10), general=encoded(40, 4, "general"))
+    config = with_fields(general_share=0.1, checkpoint_steps=2)
+    _, found, steps = trained(config, tmp_path, sources)
+    kls = [step.kl for step in steps]
+    assert None in kls[-2:], "a tail that holds a step without general rows"
+    wanted = [kl for kl in kls if kl is not None][-2:]
+    assert found.kl_to_base == pytest.approx(sum(wanted) / 2)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(step: int, config: TrainConfig, folder: Path, job: str, sources: Sources) -> None:
+    def on_step(record: StepRecord) -> None:
+        if record.step == step:
+            raise Killed
+
+    model = lora.attach(tiny_model(), config)
+    with pytest.raises(Killed):
+        trainer.train(model, sources, config, checkpoints=folder, job=job, on_step=on_step)
+
+
+def test_checkpoints_of_another_job_are_not_in_the_way(tmp_path: Path) -> None:
+    sources = Sources(new=encoded(0, 10))
+    killed_after(5, CONFIG, tmp_path, "another", sources)
+    killed_after(5, CONFIG, tmp_path, "j", sources)
+    model, found, _ = trained(CONFIG, tmp_path, sources)
+    assert found.resumed_from == 3
+    whole, _, _ = trained(CONFIG, tmp_path / "whole", sources)
+    for name, weight in lora.state(whole).items():
+        torch.testing.assert_close(lora.state(model)[name], weight, atol=1e-5, rtol=0)
+
+
+def test_a_resumed_run_reports_what_the_whole_one_does(tmp_path: Path) -> None:
+    sources = Sources(new=encoded(0, 10), general=encoded(40, 4, "general"))
+    killed_after(5, CONFIG, tmp_path, "j", sources)
+    _, found, _ = trained(CONFIG, tmp_path, sources)
+    _, whole, _ = trained(CONFIG, tmp_path / "whole", sources)
+    assert (found.resumed_from, whole.resumed_from) == (3, 0)
+    assert found.num_tokens == whole.num_tokens
+    assert found.kl_to_base == pytest.approx(whole.kl_to_base, rel=1e-3)
+
+
+def test_a_resumed_run_still_knows_how_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, known = Sources(new=encoded(0, 10)), []
+    killed_after(5, CONFIG, tmp_path, "j", sources)
+
+    def look(losses: Any, *rest: Any) -> None:
+        known.append(list(losses))
+        check_loss(losses, *rest)
+
+    monkeypatch.setattr(trainer, "check_loss", look)
+    _, _, steps = trained(CONFIG, tmp_path, sources)
+    _, _, whole = trained(CONFIG, tmp_path / "whole", sources)
+    assert known[0] == pytest.approx([step.loss for step in whole[:4]], rel=1e-4)
+    assert len(steps) == len(whole) - 3
 
 
 def test_a_kl_budget_spent_before_the_first_checkpoint_is_an_error(tmp_path: Path) -> None:

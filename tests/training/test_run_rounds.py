@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from perennial.infra.errors import ConfigError, InputError
+from perennial.infra.errors import ConfigError, InputError, IntegrityError, TrainingError
 from perennial.training import lora
 from perennial.training.evaluate import reference_nlls
 from perennial.training.examples import Judgement, Label, Pair, write_examples
@@ -96,6 +96,42 @@ def test_a_blend_is_chosen_on_dev_rows(tmp_path: Path) -> None:
     losses = {float(alpha): loss for alpha, loss in found["dev_loss_by_alpha"].items()}
     assert list(losses) == [0.25, 0.5, 0.75, 1.0]
     assert len(set(losses.values())) == 4
+    answers = [(row.messages, row.completion) for row in map(example, (1, 2, 3))]
+    served = nlls(tmp_path, tmp_path / "two" / "adapter", answers)
+    assert sum(served) / 3 == pytest.approx(min(losses.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("start", ["parent", "blend", "slow-fast"])
+@pytest.mark.parametrize("other", [{"alpha": 64}, {"scaling": "rslora"}])
+def test_a_parent_of_another_scale_is_refused(tmp_path: Path, start: str, other: Any) -> None:
+    trained(tmp_path, "one")
+    write_examples(tmp_path / "dev.jsonl", [example(3)])
+    with pytest.raises(TrainingError, match=r"has ΔW = .*·B·A, this config .* parent's alpha"):
+        second(tmp_path, config={"start": start, **other}, dev_rows="dev.jsonl")
+
+
+def test_a_parent_of_another_method_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path, "one", config={"method": "dora"})
+    with pytest.raises(TrainingError, match="alpha, scaling and method"):
+        second(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no"])
+def test_a_parent_with_a_damaged_config_is_refused(tmp_path: Path, content: str) -> None:
+    trained(tmp_path, "one")
+    (tmp_path / "one" / "adapter" / "adapter_config.json").write_text(content)
+    with pytest.raises(IntegrityError, match="not an adapter's config"):
+        second(tmp_path)
+
+
+def test_a_run_that_goes_on_takes_the_threads_that_it_began_with(tmp_path: Path) -> None:
+    num_before = torch.get_num_threads()
+    (tmp_path / "one" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "one" / "checkpoints" / "num_threads").write_text("3")
+    try:
+        assert trained(tmp_path, "one", num_threads=None)["num_threads"] == 3
+    finally:
+        torch.set_num_threads(num_before)
 
 
 def test_what_a_round_learned_teaches_its_replay(tmp_path: Path) -> None:
