@@ -25,6 +25,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rig.rounds import (
+    DESK,
+    Figures,
+    example,
+    jsonl,
+    likelihood,
+    medians,
+    process,
+    seeds,
+    write_suite,
+)
+
 from perennial.training import modelfiles
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Example, read_examples, write_examples
@@ -32,12 +44,10 @@ from perennial.training.general import PACKAGED_PROBE, load_general
 from perennial.training.machine import peak_rss_mb
 from perennial.training.tokens import encode_example
 
-DESK = Path(__file__).parents[2] / "flows" / "desk"
 OURS: Mapping[str, dict[str, int]] = {"perennial": {}, "perennial-all-layers": {"top_layers": 99}}
 LIKE_PEERS = {"recipe": "sft", "question_dropout": 0.0}  # the same loss of the same tokens
 PEERS = ("trl-default", "trl-bfd")
 SUITES = ("held_out", "general")
-Figures = dict[str, float]  # seconds, MB, nats a token
 
 
 def main() -> int:
@@ -75,8 +85,7 @@ def train_ours(args: argparse.Namespace, arm: str, seed: int) -> Figures:
     config = {**LIKE_PEERS, "epochs": args.epochs, "seed": seed, **OURS[arm]}
     job = {**model(args), "train_rows": "../rows.jsonl", "config": config}
     out = args.out / f"seed-{seed}"
-    process(out, "train", job, arm)
-    summary = json.loads((out / arm / "summary.json").read_bytes())
+    summary = process(out, "train", job, arm)
     return {name: summary[name] for name in ("wall_s", "peak_rss_mb")}
 
 
@@ -148,16 +157,17 @@ def write_suites(out: Path, rows: list[Example], facts: list[dict[str, Any]]) ->
     known = {row.id.partition("/")[0] for row in rows}
     suites = {
         "held_out": [
-            judged(f"{fact['id']}/h{i}", question, fact["answer"])
+            likelihood(f"{fact['id']}/h{i}", question, fact["answer"])
             for fact in facts
             if fact["id"] in known
             for i, question in enumerate(fact["held_out"])
         ],
-        "general": [judged(f"p{i}", *pair) for i, pair in enumerate(load_general(PACKAGED_PROBE))],
+        "general": [
+            likelihood(f"p{i}", *pair) for i, pair in enumerate(load_general(PACKAGED_PROBE))
+        ],
     }
     for name, suite in suites.items():
-        lines = "".join(json.dumps(row) + "\n" for row in suite)
-        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_suite(out, name, suite)
 
 
 def losses(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
@@ -167,8 +177,7 @@ def losses(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
     suites = {name: f"../{name}.jsonl" for name in SUITES}
     job = {**model(args), "adapters": adapters, "suites": suites}
     out = args.out / f"seed-{seed}"
-    process(out, "evaluate", job, "scores")
-    results = json.loads((out / "scores" / "summary.json").read_bytes())["results"]
+    results = process(out, "evaluate", job, "scores")["results"]
     return {arm: {name: row[name]["nll"] for name in SUITES} for arm, row in results.items()}
 
 
@@ -198,10 +207,6 @@ def column(rows: dict[str, Figures], name: str) -> Figures:
     return {arm: round(row[name], 4) for arm, row in rows.items() if name in row}
 
 
-def medians(rows: list[Figures]) -> Figures:
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-
-
 def wall_against(
     peer: str, runs: list[dict[str, Figures]], middle: dict[str, Figures]
 ) -> float | None:
@@ -214,13 +219,6 @@ def wall_against(
     return round(statistics.median(ratios), 3)
 
 
-def process(out: Path, command: str, job: dict[str, Any], name: str) -> None:
-    path = out / f"{name}-job.json"
-    path.write_text(json.dumps(job))
-    argv = [sys.executable, "-m", "perennial.training.run", command, str(path), str(out / name)]
-    subprocess.run(argv, check=True)
-
-
 def model(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "base_model": args.base_model,
@@ -230,10 +228,6 @@ def model(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def example(id_: str, question: str, answer: str) -> Example:
-    return Example(id=id_, messages=(("user", question),), completion=answer, kind="correction")
-
-
 def prepared(tokenizer: Any, row: Example) -> dict[str, Any]:
     """Token ids, the same for all arms: in a text "<|im_end|>" would forge a turn."""
     found = encode_example(tokenizer, row, TrainConfig().max_len)
@@ -241,18 +235,6 @@ def prepared(tokenizer: Any, row: Example) -> dict[str, Any]:
         "input_ids": found.ids_T.tolist(),
         "completion_mask": found.label_mask_T.astype(int).tolist(),
     }
-
-
-def judged(id_: str, question: str, answer: str) -> dict[str, Any]:
-    return {"id": id_, "messages": [["user", question]], "reference": answer}
-
-
-def jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def seeds(raw: str) -> list[int]:
-    return [int(part) for part in raw.split(",")]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ tokens first.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,13 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rig.rounds import DESK, example, jsonl, likelihood, process, write_suite
+
 from perennial.training.examples import Example, write_examples
 from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
 from perennial.training.holdout import split_holdout
 from perennial.training.job import left_by
 from perennial.training.replay import ReplayStore
 
-DESK = Path(__file__).parents[2] / "flows" / "desk"
 Fact = dict[str, Any]
 
 
@@ -31,7 +31,9 @@ def main() -> int:
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     act1, act2 = jsonl(DESK / "act1.jsonl"), jsonl(DESK / "act2.jsonl")
-    general = [example(f"g{i}", *pair) for i, pair in enumerate(load_general(PACKAGED_REPLAY))]
+    general = [
+        example(f"g{i}", *pair, "general") for i, pair in enumerate(load_general(PACKAGED_REPLAY))
+    ]
     config = {"seed": args.seed, **json.loads(args.config)}
     first = split_holdout(corrections(act1), args.holdout).train
     second = split_holdout(corrections(act2), args.holdout).train
@@ -66,24 +68,20 @@ def train(
         write_examples(args.out / f"{name}-{kind}.jsonl", rows)
         job[f"{kind}_rows"] = f"{name}-{kind}.jsonl"
     started = time.monotonic()
-    run(args, "train", job, name)
-    summary: dict[str, Any] = json.loads((args.out / name / "summary.json").read_bytes())
+    summary = process(args.out, "train", job, name)
     return {**summary, "process_s": time.monotonic() - started}
 
 
 def evaluate(args: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Suite summaries by adapter."""
     for name, suite in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in suite)
-        (args.out / f"suite-{name}.jsonl").write_text(text)
+        write_suite(args.out, f"suite-{name}", suite)
     job = {
         **model(args),
         "adapters": {"base": None, "round1": "round1/adapter", "round2": "round2/adapter"},
         "suites": {name: f"suite-{name}.jsonl" for name in rows},
     }
-    run(args, "evaluate", job, "scores")
-    summary: dict[str, Any] = json.loads((args.out / "scores" / "summary.json").read_bytes())
-    return summary
+    return process(args.out, "evaluate", job, "scores")
 
 
 def suites(act1: list[Fact], act2: list[Fact], dolly: Path | None) -> dict[str, list[Any]]:
@@ -144,13 +142,6 @@ def report(
     print("RESULT " + json.dumps(result))
 
 
-def run(args: argparse.Namespace, command: str, job: dict[str, Any], out: str) -> None:
-    path = args.out / f"{out}-job.json"
-    path.write_text(json.dumps(job))
-    argv = [sys.executable, "-m", "perennial.training.run", command, str(path), str(args.out / out)]
-    subprocess.run(argv, check=True)
-
-
 def model(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "base_model": args.base_model,
@@ -161,14 +152,10 @@ def model(args: argparse.Namespace) -> dict[str, Any]:
 
 def corrections(facts: list[Fact]) -> list[Example]:
     return [
-        example(f"{fact['id']}/{index}", question, fact["answer"], "correction")
+        example(f"{fact['id']}/{index}", question, fact["answer"])
         for fact in facts
         for index, question in enumerate(fact["questions"])
     ]
-
-
-def example(id_: str, question: str, answer: str, kind: Any = "general") -> Example:
-    return Example(id=id_, messages=(("user", question),), completion=answer, kind=kind)
 
 
 def held_out(facts: list[Fact]) -> list[dict[str, Any]]:
@@ -183,14 +170,6 @@ def held_out(facts: list[Fact]) -> list[dict[str, Any]]:
         for fact in facts
         for index, question in enumerate(fact["held_out"])
     ]
-
-
-def likelihood(id_: str, question: str, answer: str) -> dict[str, Any]:
-    return {"id": id_, "messages": [["user", question]], "reference": answer}
-
-
-def jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def parser() -> argparse.ArgumentParser:
