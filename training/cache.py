@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from perennial.infra import artifacts
+from perennial.training.modelfiles import weights_pattern
 from perennial.training.tokens import TokenRow
 from perennial.training.trunk import SplitModel
 
@@ -69,10 +70,15 @@ class TrunkCache:
                 path.unlink(missing_ok=True)
 
 
-def folder_digest(folder: Path, pattern: str) -> str:
+def model_digest(folder: Path) -> str:
+    """Changes with what the model in the folder computes: its config.json and its weights."""
+    return folder_digest(folder, "config.json", weights_pattern(folder))
+
+
+def folder_digest(folder: Path, *patterns: str) -> str:
     """SHA-256 over the names and contents of the files that match."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(f"{path.name} {artifacts.sha256_file(path)}\n".encode())
     return digest.hexdigest()
 

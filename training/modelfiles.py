@@ -55,6 +55,11 @@ def load_model(folder: Path, place: Place = CPU) -> Any:  # Any: transformers
     return model.requires_grad_(False).eval().to(place.device)
 
 
+def weights_pattern(folder: Path) -> str:
+    """The files that `load_model` reads weights from: transformers prefers safetensors."""
+    return "*.safetensors" if any(folder.glob("model.safetensors*")) else "*.bin"
+
+
 def load_tokenizer(folder: Path) -> Any:  # Any: transformers
     """The tokenizer with its chat template.
 

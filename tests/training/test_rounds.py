@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ import torch
 
 from perennial.infra.errors import IntegrityError
 from perennial.training import lora, rounds
-from perennial.training.cache import TrunkCache
+from perennial.training.cache import TrunkCache, model_digest
 from perennial.training.config import TrainConfig
 from perennial.training.loss import TopK
 from perennial.training.rounds import Lineage
 from perennial.training.teachers import read_teachers, write_teachers
 from perennial.training.tokens import TokenRow, encode_example
 from perennial.training.trunk import SplitModel
-from tests.training.builders import example, tiny_model, tiny_tokenizer
+from tests.training.builders import example, save_tiny, tiny_model, tiny_tokenizer
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"
 
@@ -168,6 +169,19 @@ def test_another_base_or_tokenizer_shares_no_entry(tmp_path: Path, fields: Any) 
     cache_in(tmp_path).trunk(split, rows, 200)
     cache_in(tmp_path, **fields).trunk(split, rows, 200)
     assert len(split.asked) == 4
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_another_config_or_other_weights_have_another_digest(tmp_path: Path, name: str) -> None:
+    save_tiny(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    found = [model_digest(tmp_path)]
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"x")
+    found.append(model_digest(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    found.append(model_digest(tmp_path))
+    assert len(set(found)) == 3
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
