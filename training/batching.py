@@ -64,7 +64,11 @@ def pack(
     no prediction is shared between rows. `dropped[b]` are positions of row b's prompt to leave out;
     the others keep their positions, so this is a masked token and not another text.
     """
-    gone = dropped or [frozenset()] * len(rows)
+    # Without the prompt's last token the first label would be predicted from itself.
+    gone = [
+        part - {row.num_prompt - 1}
+        for row, part in zip(rows, dropped or [frozenset[int]()] * len(rows), strict=True)
+    ]
     shared = min([shared_prefix(rows), *(min(part) for part in gone if part)])
     parts = [np.stack([np.full(shared, -1), np.arange(shared), rows[0].ids_T[:shared]])]
     predict, label, owner, at = [], [], [], []

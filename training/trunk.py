@@ -100,7 +100,11 @@ class SplitModel:
         packed = pack(rows, labels=["completion"] * 2)
         ids_1T = self.on_device(row.ids_T)[None]
         with torch.no_grad():
-            alone = self.model(input_ids=ids_1T, use_cache=False).logits[0, row.num_prompt - 1 : -1]
+            alone = self.model(
+                input_ids=ids_1T,
+                logits_to_keep=row.num_tokens - row.num_prompt + 1,
+                use_cache=False,
+            ).logits[0, :-1]
             trunks = self.trunk(rows, 2 * row.num_tokens) if self.num_frozen else None
             gap = float((self.logits(packed, trunks) - alone.repeat(2, 1)).abs().max())
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1

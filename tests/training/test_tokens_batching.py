@@ -148,6 +148,16 @@ def test_a_dropped_token_is_not_seen() -> None:
     assert (packed.ids_N[packed.predict_M[1:]] == packed.label_M[:-1]).sum() >= 10
 
 
+def test_the_last_token_of_a_prompt_stays_for_it_predicts_the_first_label() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    row = encode_example(tokenizer, example(1), 512)
+    assert row.question[-1] == row.num_prompt - 1
+    packed = pack([row], labels=["completion"], dropped=[frozenset(row.question)])
+    assert packed.source_N[packed.predict_M].tolist() == (packed.at_M - 1).tolist()
+    assert packed.source_N.tolist() == [*range(row.num_prompt - 1, row.num_tokens)]
+
+
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
 def test_cut_and_length_sorted_lose_nothing(sizes: list[int], budget: int) -> None:
     assert [i for span in cut(sizes, budget) for i in span] == list(range(len(sizes)))
