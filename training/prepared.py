@@ -109,10 +109,8 @@ def teach(
     config: TrainConfig,
 ) -> list[TopK]:
     """The model's top K at the labels of each row, on the CPU; entry i is for the i-th label."""
-    # Tokens of a shared prefix are no row's own, so with every token a label a row stands alone.
-    budget = config.batch_tokens if scope == "completion" else 0
     found = []
-    for span in cut([row.num_tokens for row in rows], budget):
+    for span in cut([row.num_tokens for row in rows], config.batch_tokens):
         packed = pack([rows[index] for index in span], labels=[scope] * len(span))
         part = None if trunks is None else [trunks[index] for index in span]
         with torch.no_grad():

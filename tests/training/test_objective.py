@@ -16,7 +16,7 @@ from perennial.training.batching import pack
 from perennial.training.compile import ClassWeights
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Judgement, Label, Pair
-from perennial.training.loss import Targets, TopK, dpo, head_losses, kto, plain_losses
+from perennial.training.loss import Targets, TopK, dpo, head_losses, kto, plain_losses, top_k
 from perennial.training.mix import Batch, Pick, epoch_batches
 from perennial.training.prepared import (
     GENERAL,
@@ -306,8 +306,11 @@ def test_fused_kernels_have_the_losses_and_gradients_of_the_modules(
 
 
 @pytest.mark.parametrize("kernels", ["fused", "plain"])
-def test_parts_of_a_batch_add_up_to_the_whole(kernels: Kernels) -> None:
-    config = with_fields(recipe="replay-kd-anchor", kernels=kernels)
+@pytest.mark.parametrize("scope", ["completion", "all"])
+def test_parts_of_a_batch_add_up_to_the_whole(kernels: Kernels, scope: str) -> None:
+    config = with_fields(
+        recipe="replay-kd-anchor", kernels=kernels, kl_scope=scope, general_share=0.4
+    )
     model = adapted(config)
     prepared = prepare(model, whole_round(config), config)
     batch = first_batches(prepared.sources, config)[0]
@@ -316,7 +319,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(kernels: Kernels) -> None:
     parts = [objective.batch_loss(prepared, part, over, config, 3) for part in halved(batch, 3)]
     together = torch.stack([part.total for part in parts]).sum()
     assert together.item() == pytest.approx(whole.total.item(), rel=1e-5)
-    assert objective.add(parts).row_losses.keys() == whole.row_losses.keys()
+    assert objective.add(parts).row_losses == pytest.approx(whole.row_losses, rel=1e-4, abs=1e-4)
     assert_equal_gradients(model, together, whole.total)
 
 
@@ -374,6 +377,24 @@ def test_a_replayed_row_is_half_its_label_and_half_its_teacher() -> None:
         ce = nn.functional.cross_entropy(logits, torch.from_numpy(packed.label_M)).item()
         kl = full_kl(sources.teachers[row.id], logits) if share else 0.0
         assert found == pytest.approx((1 - share) * ce + share * kl, rel=1e-4)
+
+
+def test_a_general_row_is_held_to_the_base_at_each_of_its_tokens() -> None:
+    config = with_fields(kl_scope="all", general_blend=1.0)
+    model = adapted(config)
+    prepared = prepare(model, whole_round(config), config)
+    batch = tuple(Pick(source=GENERAL, index=index) for index in range(3))
+    found = objective.batch_loss(
+        prepared, batch, objective.sums(prepared, batch, config), config, 1
+    )
+    totals, num = 0.0, 0
+    for row in prepared.sources.general[:3]:
+        ids = torch.from_numpy(row.ids_T)[None]
+        logits = model(ids).logits[0, :-1]
+        with model.disable_adapter():
+            base = top_k(model(ids).logits[0, :-1], config.kl_top_k)
+        totals, num = totals + full_kl(base, logits) * len(logits), num + len(logits)
+    assert found.kl == pytest.approx(totals / num, rel=1e-3)
 
 
 def full_kl(teacher: TopK, logits: Tensor) -> float:
