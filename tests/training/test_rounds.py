@@ -214,6 +214,22 @@ def test_the_cache_is_bounded_and_what_was_used_last_stays(tmp_path: Path) -> No
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2 * size + 300
 
 
+def test_what_killed_runs_left_is_counted_and_what_is_written_now_stays(tmp_path: Path) -> None:
+    left, now = tmp_path / "abc.77", tmp_path / "def.78"
+    for path in (left, now):
+        path.write_bytes(b"x" * 1000)
+    os.utime(left, (1, 1))
+    cache_in(tmp_path, max_bytes=10**5).trunk(Counting(), token_rows(1), 200)
+    assert left.exists()
+    cache_in(tmp_path, max_bytes=1).trunk(Counting(), token_rows(1), 200)
+    assert list(tmp_path.iterdir()) == [now]
+
+
+def test_an_entry_that_another_process_deletes_meanwhile_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "gone.trunk").symlink_to(tmp_path / "nowhere")  # listed, and not there when read
+    assert len(cache_in(tmp_path).trunk(Counting(), token_rows(1), 200)) == 1
+
+
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     split, rows = Counting(), token_rows(1)
     cache = cache_in(tmp_path)
