@@ -1,5 +1,6 @@
 """What this machine gives to training: a device, threads and memory."""
 
+import math
 import os
 import resource
 from contextlib import suppress
@@ -65,17 +66,32 @@ def choose_place(device: Device, dtype: DType) -> Place:
 
 
 def choose_threads(wanted: int | None) -> int:
-    """Set and return torch's threads: `wanted`, or the cores this process may use, bounded.
-
-    Two threads beside another busy process run several times slower than one, so a core that others
-    keep busy is not counted.
-    """
+    """Set and return torch's threads: `wanted`, or as `threads_for` this machine as it is now."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Not the load average: it still counts what ended a minute ago.
-    idle = round((allowed or 1) * (1 - psutil.cpu_percent(interval=_LOOK_S) / 100))
-    num = wanted or max(1, min(idle, _MAX_THREADS))
+    idle_share = 1 - psutil.cpu_percent(interval=_LOOK_S) / 100
+    num = wanted or threads_for(allowed or 1, cpu_quota(), idle_share)
     torch.set_num_threads(num)
     return num
+
+
+def threads_for(num_allowed: int, quota: float, idle_share: float) -> int:
+    """The cores that are idle, as far as the quota goes, bounded.
+
+    Two threads beside another busy process run several times slower than one, so a core that others
+    keep busy is not counted; nor is one that the quota would take away.
+    """
+    return max(1, int(min(round(num_allowed * idle_share), quota, _MAX_THREADS)))
+
+
+def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores' worth of time that this container may use, by cgroup v2 or v1; else infinity."""
+    v1 = [cgroup / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+    for paths in ([cgroup / "cpu.max"], v1):
+        with suppress(OSError):
+            quota, period = " ".join(path.read_text(encoding="ascii") for path in paths).split()
+            return math.inf if quota in ("max", "-1") else float(quota) / float(period)
+    return math.inf
 
 
 def choose_threads_once(path: Path, wanted: int | None) -> int:
