@@ -1,20 +1,25 @@
 """What this machine gives to training: a device, threads and memory."""
 
+import logging
 import math
 import os
 import resource
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil
 import torch
 
 from perennial.infra.artifacts import write_atomic
-from perennial.infra.errors import ConfigError
+from perennial.infra.errors import ConfigError, TrainingError
 from perennial.training.job import Device, DType
 
+_LOG = logging.getLogger(__name__)
+_Row = TypeVar("_Row")
+_Found = TypeVar("_Found")
 _LOOK_S = 0.5
 _REFUSALS = (
     "allocate memory",
@@ -127,6 +132,32 @@ def yield_cores() -> None:
     if hasattr(os, "SCHED_IDLE"):  # Linux
         with suppress(PermissionError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def in_halves(run: Callable[[Sequence[_Row]], list[_Found]], rows: Sequence[_Row]) -> list[_Found]:
+    """`run(rows)`; where memory is refused, that of each half. One row that does not fit raises."""
+    try:
+        return run(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(rows) < 2:
+            raise
+    _LOG.warning("out of memory: rows are halved num_rows=%d", len(rows))
+    middle = len(rows) // 2
+    return [*in_halves(run, rows[:middle]), *in_halves(run, rows[middle:])]
+
+
+@contextmanager
+def telling_out_of_memory() -> Iterator[None]:
+    """Raise TrainingError, which says what to do, where memory is refused."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "out of memory outside a step; lower max_len or the number of rows, use a smaller "
+            "base_model, or free memory"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

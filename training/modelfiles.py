@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from perennial.infra import artifacts
 from perennial.infra.errors import ModelMissingError
-from perennial.training.machine import CPU, Place
+from perennial.training.machine import CPU, Place, telling_out_of_memory
 
 _LOG = logging.getLogger(__name__)
 _BUNDLED = "smollm2-135m"
@@ -44,6 +44,7 @@ def ensure_base_model(name_or_path: str, cache_dir: Path) -> Path:
     return target
 
 
+@telling_out_of_memory()
 def load_model(folder: Path, place: Place = CPU) -> Any:  # Any: transformers
     """The causal language model, frozen, in evaluation mode."""
     try:

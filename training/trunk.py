@@ -17,6 +17,7 @@ from perennial.infra.errors import TrainingError
 from perennial.training.batching import Packed, cut, pack
 from perennial.training.fused import FusedLayer, Rows, can_fuse
 from perennial.training.loss import PositionLosses, Targets, head_losses, plain_losses
+from perennial.training.machine import in_halves
 from perennial.training.tokens import TokenRow
 
 Kernels = Literal["fused", "plain"]
@@ -54,14 +55,15 @@ class SplitModel:
 
     def trunk(self, rows: Sequence[TokenRow], batch_tokens: int) -> list[Tensor]:
         """Input activations of the first trained layer for each row, (T, width), on the CPU."""
-        kept: list[Tensor] = []
-        for span in cut([row.num_tokens for row in rows], batch_tokens):
-            part = [rows[i] for i in span]
+
+        def run(part: Sequence[TokenRow]) -> list[Tensor]:
             packed = pack(part, labels=["completion"] * len(part))
             with torch.no_grad():
                 hidden_ND = self._run(self._embed(packed), packed, slice(0, self.num_frozen), False)
-            kept += _rows_of(hidden_ND.cpu(), packed)
-        return kept
+            return _rows_of(hidden_ND.cpu(), packed)
+
+        spans = cut([row.num_tokens for row in rows], batch_tokens)
+        return [kept for span in spans for kept in in_halves(run, [rows[i] for i in span])]
 
     def on_device(self, array: NDArray[Any]) -> Tensor:
         """The numbers where the model is."""
