@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from perennial.infra import artifacts
 from perennial.infra.errors import InputError
 from perennial.training import lora, objective
 from perennial.training.batching import pack
@@ -29,6 +32,7 @@ from perennial.training.prepared import (
     teach,
 )
 from perennial.training.recipes import encode_judged, encode_pair
+from perennial.training.teachers import read_teachers, write_teachers
 from perennial.training.tokens import TokenRow, encode_example
 from perennial.training.trainer import halved, mix_of
 from perennial.training.trunk import Kernels, SplitModel
@@ -377,6 +381,29 @@ def test_a_replayed_row_is_half_its_label_and_half_its_teacher() -> None:
         ce = nn.functional.cross_entropy(logits, torch.from_numpy(packed.label_M)).item()
         kl = full_kl(sources.teachers[row.id], logits) if share else 0.0
         assert found == pytest.approx((1 - share) * ce + share * kl, rel=1e-4)
+
+
+def test_a_teacher_in_a_file_is_read_where_it_lies_and_gives_the_same_loss(tmp_path: Path) -> None:
+    config = with_fields(recipe="replay-kd")
+    model, sources = adapted(config), whole_round(config)
+    write_teachers(tmp_path / "a", sources.replay[:4], list(sources.teachers.values()))
+    mapped = read_teachers(tmp_path / "a", sources.replay)
+    assert {(t.tokens_TK.dtype, t.log_probs_TK.dtype) for t in mapped.values()} == {
+        (torch.int32, torch.float16)
+    }
+    copied = {
+        id_: TopK(tokens_TK=t.tokens_TK.long(), log_probs_TK=t.log_probs_TK.float())
+        for id_, t in mapped.items()
+    }
+    batch = tuple(Pick(source=REPLAY, index=index) for index in range(5))
+    found = []
+    for teachers in (mapped, copied):
+        prepared = prepare(model, replace(sources, teachers=teachers), config)
+        over = objective.sums(prepared, batch, config)
+        found.append(objective.batch_loss(prepared, batch, over, config, 1).total.item())
+    assert found[0] == found[1]
+    write_teachers(tmp_path / "b", sources.replay[:4], list(mapped.values()))
+    assert artifacts.verify(tmp_path / "a") == artifacts.verify(tmp_path / "b")
 
 
 def test_a_general_row_is_held_to_the_base_at_each_of_its_tokens() -> None:
