@@ -60,11 +60,16 @@ def pack(
 ) -> Packed:
     """The rows as one sequence; `labels[b]` says what row b trains on.
 
-    "completion": its completion. "all": each of its tokens after the first that is its own, so that
-    no prediction is shared between rows. `dropped[b]` are positions of row b's prompt to leave out;
-    the others keep their positions, so this is a masked token and not another text.
+    "completion": its completion. "all": every token after the first. What predicts a token of the
+    shared prefix counts for each row, so that a row has the same labels in any batch. `dropped[b]`
+    are positions of row b's prompt to leave out; the others keep their positions, so this is a
+    masked token and not another text.
     """
-    gone = dropped or [frozenset()] * len(rows)
+    # Without the prompt's last token the first label would be predicted from itself.
+    gone = [
+        part - {row.num_prompt - 1}
+        for row, part in zip(rows, dropped or [frozenset[int]()] * len(rows), strict=True)
+    ]
     shared = min([shared_prefix(rows), *(min(part) for part in gone if part)])
     parts = [np.stack([np.full(shared, -1), np.arange(shared), rows[0].ids_T[:shared]])]
     predict, label, owner, at = [], [], [], []
@@ -74,8 +79,10 @@ def pack(
         source = np.array(kept)
         size = len(source)
         parts.append(np.stack([np.full(size, index), source, row.ids_T[source]]))
-        first = row.num_prompt if scope == "completion" else shared + 1
-        predict.append(np.searchsorted(source, np.arange(first - 1, row.num_tokens - 1)) + offset)
+        first = row.num_prompt if scope == "completion" else 1
+        before = np.arange(first - 1, row.num_tokens - 1)
+        own = np.searchsorted(source, before) + offset
+        predict.append(np.where(before < shared, before, own))
         label.append(row.ids_T[first:])
         owner.append(np.full(row.num_tokens - first, index))
         at.append(np.arange(first, row.num_tokens))

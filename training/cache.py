@@ -8,7 +8,9 @@ used for longest go first. It holds what users wrote in another form: erasure de
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +19,14 @@ import torch
 from torch import Tensor
 
 from perennial.infra import artifacts
+from perennial.training.modelfiles import weights_pattern
 from perennial.training.tokens import TokenRow
 from perennial.training.trunk import SplitModel
 
 _LOG = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
 _SUFFIX = ".trunk"
+_WRITE_S = 60  # a file that grows for longer was left by a killed run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,32 +65,50 @@ class TrunkCache:
         return self.folder / (key.hexdigest() + _SUFFIX)
 
     def _evict(self) -> None:
-        entries = sorted(self.folder.glob(f"*{_SUFFIX}"), key=lambda path: -path.stat().st_mtime_ns)
         kept = 0
-        for path in entries:
-            kept += path.stat().st_size
-            if kept > self.max_bytes:
+        for path, status in _used_last_first(self.folder):
+            kept += status.st_size
+            is_being_written = path.suffix != _SUFFIX and time.time() - status.st_mtime < _WRITE_S
+            if kept > self.max_bytes and not is_being_written:
                 path.unlink(missing_ok=True)
 
 
-def folder_digest(folder: Path, pattern: str) -> str:
+def model_digest(folder: Path) -> str:
+    """Changes with what the model in the folder computes: its config.json and its weights."""
+    return folder_digest(folder, "config.json", weights_pattern(folder))
+
+
+def folder_digest(folder: Path, *patterns: str) -> str:
     """SHA-256 over the names and contents of the files that match."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(f"{path.name} {artifacts.sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _used_last_first(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """Entries, and what killed runs left of some; other processes and erasure may delete them."""
+    found = []
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                found.append((path, path.stat()))
+    return sorted(found, key=lambda entry: -entry[1].st_mtime_ns)
 
 
 def _read(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
     """The entry, or None when it is absent, damaged or of another shape."""
     size = _DIGEST_BYTES + dtype.itemsize * shape[0] * shape[1]
-    if not path.is_file() or path.stat().st_size != size:
+    try:
+        if not path.is_file() or path.stat().st_size != size:
+            return None
+        raw = np.memmap(path, mode="c").view(np.ndarray)
+        os.utime(path)
+    except FileNotFoundError:
         return None
-    raw = np.memmap(path, mode="c").view(np.ndarray)
     if hashlib.sha256(raw[_DIGEST_BYTES:].data).digest() != raw[:_DIGEST_BYTES].tobytes():
         _LOG.warning("trunk cache entry is damaged and computed again path=%s", path)
         return None
-    os.utime(path)
     return torch.from_numpy(raw[_DIGEST_BYTES:]).view(dtype).view(shape)
 
 

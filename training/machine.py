@@ -1,19 +1,25 @@
 """What this machine gives to training: a device, threads and memory."""
 
+import logging
+import math
 import os
 import resource
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil
 import torch
 
 from perennial.infra.artifacts import write_atomic
-from perennial.infra.errors import ConfigError
+from perennial.infra.errors import ConfigError, TrainingError
 from perennial.training.job import Device, DType
 
+_LOG = logging.getLogger(__name__)
+_Row = TypeVar("_Row")
+_Found = TypeVar("_Found")
 _LOOK_S = 0.5
 _REFUSALS = (
     "allocate memory",
@@ -65,17 +71,32 @@ def choose_place(device: Device, dtype: DType) -> Place:
 
 
 def choose_threads(wanted: int | None) -> int:
-    """Set and return torch's threads: `wanted`, or the cores this process may use, bounded.
-
-    Two threads beside another busy process run several times slower than one, so a core that others
-    keep busy is not counted.
-    """
+    """Set and return torch's threads: `wanted`, or as `threads_for` this machine as it is now."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Not the load average: it still counts what ended a minute ago.
-    idle = round((allowed or 1) * (1 - psutil.cpu_percent(interval=_LOOK_S) / 100))
-    num = wanted or max(1, min(idle, _MAX_THREADS))
+    idle_share = 1 - psutil.cpu_percent(interval=_LOOK_S) / 100
+    num = wanted or threads_for(allowed or 1, cpu_quota(), idle_share)
     torch.set_num_threads(num)
     return num
+
+
+def threads_for(num_allowed: int, quota: float, idle_share: float) -> int:
+    """The cores that are idle, as far as the quota goes, bounded.
+
+    Two threads beside another busy process run several times slower than one, so a core that others
+    keep busy is not counted; nor is one that the quota would take away.
+    """
+    return max(1, int(min(round(num_allowed * idle_share), quota, _MAX_THREADS)))
+
+
+def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores' worth of time that this container may use, by cgroup v2 or v1; else infinity."""
+    v1 = [cgroup / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+    for paths in ([cgroup / "cpu.max"], v1):
+        with suppress(OSError):
+            quota, period = " ".join(path.read_text(encoding="ascii") for path in paths).split()
+            return math.inf if quota in ("max", "-1") else float(quota) / float(period)
+    return math.inf
 
 
 def choose_threads_once(path: Path, wanted: int | None) -> int:
@@ -111,6 +132,32 @@ def yield_cores() -> None:
     if hasattr(os, "SCHED_IDLE"):  # Linux
         with suppress(PermissionError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def in_halves(run: Callable[[Sequence[_Row]], list[_Found]], rows: Sequence[_Row]) -> list[_Found]:
+    """`run(rows)`; where memory is refused, that of each half. One row that does not fit raises."""
+    try:
+        return run(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(rows) < 2:
+            raise
+    _LOG.warning("out of memory: rows are halved num_rows=%d", len(rows))
+    middle = len(rows) // 2
+    return [*in_halves(run, rows[:middle]), *in_halves(run, rows[middle:])]
+
+
+@contextmanager
+def telling_out_of_memory() -> Iterator[None]:
+    """Raise TrainingError, which says what to do, where memory is refused."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "out of memory outside a step; lower max_len or the number of rows, use a smaller "
+            "base_model, or free memory"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from perennial.infra import artifacts
 from perennial.infra.errors import ModelMissingError
-from perennial.training.machine import CPU, Place
+from perennial.training.machine import CPU, Place, telling_out_of_memory
 
 _LOG = logging.getLogger(__name__)
 _BUNDLED = "smollm2-135m"
@@ -44,6 +44,7 @@ def ensure_base_model(name_or_path: str, cache_dir: Path) -> Path:
     return target
 
 
+@telling_out_of_memory()
 def load_model(folder: Path, place: Place = CPU) -> Any:  # Any: transformers
     """The causal language model, frozen, in evaluation mode."""
     try:
@@ -53,6 +54,11 @@ def load_model(folder: Path, place: Place = CPU) -> Any:  # Any: transformers
     except (OSError, ValueError) as error:
         raise ModelMissingError(_missing(str(folder)), model=str(folder)) from error
     return model.requires_grad_(False).eval().to(place.device)
+
+
+def weights_pattern(folder: Path) -> str:
+    """The files that `load_model` reads weights from: transformers prefers safetensors."""
+    return "*.safetensors" if any(folder.glob("model.safetensors*")) else "*.bin"
 
 
 def load_tokenizer(folder: Path) -> Any:  # Any: transformers

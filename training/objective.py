@@ -161,8 +161,8 @@ def _targets(prepared: Prepared, batch: Batch, packed: Packed, rows: Sequence[To
         teacher = prepared.teachers[pick]
         at = np.flatnonzero(packed.owner_M == owner)
         entry = packed.at_M[at] - (rows[owner].num_tokens - len(teacher.tokens_TK))
-        tokens_MK[at] = teacher.tokens_TK[entry]
-        probs_MK[at] = teacher.log_probs_TK[entry].exp()
+        tokens_MK[at] = teacher.tokens_TK[entry].long()
+        probs_MK[at] = teacher.log_probs_TK[entry].float().exp()
         plain.blend_M[at] = prepared.blend_of[pick.source]
     return replace(plain, tokens_MK=tokens_MK, probs_MK=probs_MK)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from perennial.training.batching import Packed, cut, pack
 from perennial.training.config import TrainConfig
 from perennial.training.loss import Targets, TopK, top_k
+from perennial.training.machine import in_halves, telling_out_of_memory
 from perennial.training.mix import Pick
 from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows_of, scored_rows
 from perennial.training.tokens import TokenRow
@@ -59,6 +60,7 @@ class Prepared:
         return self.sources.parts[pick.source][pick.index]
 
 
+@telling_out_of_memory()
 def prepare(
     model: Any,  # Any: peft
     sources: Sources,
@@ -101,6 +103,7 @@ def prepare(
     )
 
 
+@telling_out_of_memory()
 def teach(
     split: SplitModel,
     rows: Sequence[TokenRow],
@@ -109,10 +112,8 @@ def teach(
     config: TrainConfig,
 ) -> list[TopK]:
     """The model's top K at the labels of each row, on the CPU; entry i is for the i-th label."""
-    # Tokens of a shared prefix are no row's own, so with every token a label a row stands alone.
-    budget = config.batch_tokens if scope == "completion" else 0
-    found = []
-    for span in cut([row.num_tokens for row in rows], budget):
+
+    def run(span: Sequence[int]) -> list[TopK]:
         packed = pack([rows[index] for index in span], labels=[scope] * len(span))
         part = None if trunks is None else [trunks[index] for index in span]
         with torch.no_grad():
@@ -122,18 +123,25 @@ def teach(
             for part in (best.tokens_TK, best.log_probs_TK)
         )
         parts = zip(tokens, log_probs, strict=True)
-        found += [TopK(tokens_TK=part, log_probs_TK=probs) for part, probs in parts]
-    return found
+        return [TopK(tokens_TK=part, log_probs_TK=probs) for part, probs in parts]
+
+    spans = cut([row.num_tokens for row in rows], config.batch_tokens)
+    return [taught for span in spans for taught in in_halves(run, span)]
 
 
 def log_probs_of(
     split: SplitModel, rows: Sequence[TokenRow], trunks: Sequence[Tensor] | None
 ) -> Tensor:
     """Log-probability of each completion, without gradient."""
-    packed = pack(rows, labels=["completion"] * len(rows))
-    with torch.no_grad():
-        losses = split.losses(packed, trunks, labels_of(packed).to(split.device))
-    return row_log_probs(packed, losses.loss_M, len(rows))
+
+    def run(span: Sequence[int]) -> list[Tensor]:
+        packed = pack([rows[index] for index in span], labels=["completion"] * len(span))
+        part = None if trunks is None else [trunks[index] for index in span]
+        with torch.no_grad():
+            losses = split.losses(packed, part, labels_of(packed).to(split.device))
+        return [row_log_probs(packed, losses.loss_M, len(span))]
+
+    return torch.cat(in_halves(run, range(len(rows))))
 
 
 def labels_of(packed: Packed) -> Targets:

@@ -1,6 +1,7 @@
 """How far a run is: a bar in a terminal, lines elsewhere, and `progress.jsonl` for plots.
 
-The file only grows. After a restart a step may appear twice; the later line counts.
+The file only grows. Where a step comes again, a run went on from there or another began: lines
+before it that tell of this step or of later ones no longer count.
 """
 
 import json
@@ -66,6 +67,8 @@ class ProgressLog:
 
     def __init__(self, path: Path, console: Console) -> None:
         self._file: IO[str] = path.open("a", encoding="utf-8")
+        if path.read_bytes()[-1:] not in (b"", b"\n"):  # a full disk cut the last line
+            self._file.write("\n")
         self._meter = Meter("step", console)
         self._started = time.monotonic()
         self._num_tokens = 0
@@ -92,10 +95,17 @@ class ProgressLog:
 
 
 def read_progress(path: Path) -> list[StepRecord]:
-    """The records by step, the latest of each."""
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
-    latest = {row["step"]: StepRecord(**row) for row in rows}
-    return [latest[step] for step in sorted(latest)]
+    """The records by step, the latest of each; what is no whole record is passed over."""
+    found: list[StepRecord] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = StepRecord(**json.loads(line))
+        except (TypeError, ValueError):
+            continue
+        while found and found[-1].step >= record.step:
+            found.pop()
+        found.append(record)
+    return found
 
 
 def _bar(what: str, console: Console) -> Progress:

@@ -33,7 +33,7 @@ from perennial.infra.errors import (
 )
 from perennial.infra.settings import fix_cublas_workspace
 from perennial.training import lora, modelfiles, rounds, trainer
-from perennial.training.cache import TrunkCache, folder_digest
+from perennial.training.cache import TrunkCache, folder_digest, model_digest
 from perennial.training.config import Start, TrainConfig
 from perennial.training.drafting import write_drafts
 from perennial.training.evaluate import (
@@ -179,7 +179,7 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     """Fill `out` with <key>/general.jsonl, once for a model, seed and number, and summary.json."""
     started = time.monotonic()
     base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
-    files = [folder_digest(base, pattern) for pattern in ("*.safetensors", "*.j*")]
+    files = [folder_digest(base, pattern) for pattern in (modelfiles.weights_pattern(base), "*.j*")]
     key = hashlib.sha256(repr((*files, job.seed, job.num_rows)).encode()).hexdigest()[:16]
     batches = out / f"{key}-batches"
     if not (out / key).exists():
@@ -289,7 +289,7 @@ def _trunk_of(job: TrainJob, model_folder: Path) -> TrunkOf:
         return SplitModel.trunk
     cache = TrunkCache(
         folder=job.cache_dir / "trunk",
-        base=folder_digest(model_folder, "*.safetensors"),
+        base=model_digest(model_folder),
         tokenizer=folder_digest(model_folder, "token*"),
         max_bytes=job.config.cache_mb * 10**6,
     )

@@ -1,7 +1,8 @@
 """What an adapter said about the rows it had just learned, kept for when they are replayed.
 
 Cached once, when a round ends: 6 bytes for each of 20 tokens at each completion token, so 120 bytes
-a token. Memory-mapped when read. A row whose tokens have changed since has no teacher.
+a token. Memory-mapped when read; a batch copies its own rows. A row whose tokens have changed since
+has no teacher.
 """
 
 import hashlib
@@ -28,10 +29,10 @@ def write_teachers(folder: Path, rows: Sequence[TokenRow], taught: Sequence[TopK
             stop = start + len(teacher.tokens_TK)
             index[row.id] = {"start": start, "stop": stop, "ids": _digest(row)}
             start = stop
-        tokens = torch.cat([teacher.tokens_TK for teacher in taught])
-        log_probs = torch.cat([teacher.log_probs_TK for teacher in taught])
-        np.save(inner / _TOKENS, tokens.numpy().astype(np.uint32))
-        np.save(inner / _LOG_PROBS, log_probs.numpy().astype(np.float16))
+        tokens = torch.cat([teacher.tokens_TK.int() for teacher in taught])
+        log_probs = torch.cat([teacher.log_probs_TK.half() for teacher in taught])
+        np.save(inner / _TOKENS, tokens.numpy().view(np.uint32))
+        np.save(inner / _LOG_PROBS, log_probs.numpy())
         (inner / _INDEX).write_text(json.dumps(index))
 
     artifacts.publish(folder, write)
@@ -43,23 +44,24 @@ def size_mb(folder: Path) -> float:
 
 
 def read_teachers(folder: Path, rows: Sequence[TokenRow]) -> Mapping[str, TopK]:
-    """The teachers of those of the rows that have one, by id.
+    """The teachers of those of the rows that have one, by id; views of the file, int32 and float16.
 
     Raises:
         IntegrityError: the folder is damaged.
     """
     artifacts.verify(folder)
     index = json.loads((folder / _INDEX).read_bytes())
-    tokens = np.load(folder / _TOKENS, mmap_mode="r")
-    log_probs = np.load(folder / _LOG_PROBS, mmap_mode="r")
+    # "c": a tensor over an array that cannot be written is warned of.
+    tokens = np.load(folder / _TOKENS, mmap_mode="c").view(np.int32)
+    log_probs = np.load(folder / _LOG_PROBS, mmap_mode="c")
     found: dict[str, TopK] = {}
     for row in rows:
         entry = index.get(row.id)
         if entry is not None and entry["ids"] == _digest(row):
             part = slice(entry["start"], entry["stop"])
             found[row.id] = TopK(
-                tokens_TK=torch.from_numpy(tokens[part].astype(np.int64)),
-                log_probs_TK=torch.from_numpy(log_probs[part].astype(np.float32)),
+                tokens_TK=torch.from_numpy(tokens[part]),
+                log_probs_TK=torch.from_numpy(log_probs[part]),
             )
     return found
 

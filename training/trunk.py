@@ -2,7 +2,7 @@
 
 A layer below the adapter gives the same activations in every epoch. They are kept in memory for the
 round (0.16 MB for a row of 70 tokens at width 576), so an epoch costs only the layers that learn.
-Models whose decoder is not `model.layers` between an embedding and `model.norm` run whole.
+Models that are not just `model.layers` between an embedding, `model.norm` and a head run whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from perennial.infra.errors import TrainingError
 from perennial.training.batching import Packed, cut, pack
 from perennial.training.fused import FusedLayer, Rows, can_fuse
 from perennial.training.loss import PositionLosses, Targets, head_losses, plain_losses
+from perennial.training.machine import in_halves
 from perennial.training.tokens import TokenRow
 
 Kernels = Literal["fused", "plain"]
@@ -39,13 +40,14 @@ class SplitModel:
         kernels: Kernels = "plain",
     ) -> None:
         self.model = model
-        self.decoder = model.model
         self.head: Any = model.get_output_embeddings()
-        can_split = model.config.model_type in _SPLITTABLE
-        self.num_frozen = num_frozen if can_split else 0
+        self._can_split = model.config.model_type in _SPLITTABLE
+        self.num_frozen = num_frozen if self._can_split else 0
         self.device: torch.device = self.head.weight.device
         self.dtype: torch.dtype = self.head.weight.dtype
-        self._layers = self.decoder.layers
+        if self._can_split:
+            self.decoder = model.model
+            self._layers = self.decoder.layers
         self._fused: list[FusedLayer] = []
         if kernels == "fused" and can_fuse(model):
             size = self._layers[0].self_attn.head_dim
@@ -53,14 +55,15 @@ class SplitModel:
 
     def trunk(self, rows: Sequence[TokenRow], batch_tokens: int) -> list[Tensor]:
         """Input activations of the first trained layer for each row, (T, width), on the CPU."""
-        kept: list[Tensor] = []
-        for span in cut([row.num_tokens for row in rows], batch_tokens):
-            part = [rows[i] for i in span]
+
+        def run(part: Sequence[TokenRow]) -> list[Tensor]:
             packed = pack(part, labels=["completion"] * len(part))
             with torch.no_grad():
                 hidden_ND = self._run(self._embed(packed), packed, slice(0, self.num_frozen), False)
-            kept += _rows_of(hidden_ND.cpu(), packed)
-        return kept
+            return _rows_of(hidden_ND.cpu(), packed)
+
+        spans = cut([row.num_tokens for row in rows], batch_tokens)
+        return [kept for span in spans for kept in in_halves(run, [rows[i] for i in span])]
 
     def on_device(self, array: NDArray[Any]) -> Tensor:
         """The numbers where the model is."""
@@ -78,6 +81,8 @@ class SplitModel:
 
     def logits(self, packed: Packed, trunks: Sequence[Tensor] | None) -> Tensor:
         """Logits at the predicting positions only, (M, vocabulary)."""
+        if not self._can_split:
+            return self._whole_logits(packed)
         hidden_ND = self.hidden(packed, trunks)
         logits: Tensor = self.head(hidden_ND[self.on_device(packed.predict_M)])
         return logits
@@ -92,19 +97,41 @@ class SplitModel:
         return head_losses(self.hidden(packed, trunks).index_select(0, at), self.head, targets)
 
     def check_split(self, row: TokenRow) -> None:
-        """Raise TrainingError unless the parts together give what the plain whole model gives."""
-        packed = pack([row], labels=["completion"])
+        """Raise TrainingError unless packed rows have the logits that a row alone has."""
+        rows = [row, row]
+        packed = pack(rows, labels=["completion"] * 2)
+        ids_1T = self.on_device(row.ids_T)[None]
         with torch.no_grad():
-            whole = SplitModel(self.model, 0).logits(packed, None)
-            parts = self.logits(packed, self.trunk([row], row.num_tokens))
-        gap = float((whole - parts).abs().max())
+            alone = self.model(
+                input_ids=ids_1T,
+                logits_to_keep=row.num_tokens - row.num_prompt + 1,
+                use_cache=False,
+            ).logits[0, :-1]
+            trunks = self.trunk(rows, 2 * row.num_tokens) if self.num_frozen else None
+            gap = float((self.logits(packed, trunks) - alone.repeat(2, 1)).abs().max())
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
-        if not gap < tolerance * max(1.0, float(whole.abs().max())):
+        if not gap < tolerance * max(1.0, float(alone.abs().max())):
             raise TrainingError(
-                f"trunk and kernels do not fit {self.model.config.model_type}: logits "
-                f"differ by {gap:.2g}; set top_layers to the number of layers, kernels to 'plain'",
+                f"logits of packed rows differ by {gap:.2g} from those of a row alone: this cannot "
+                f"train {self.model.config.model_type}; set kernels to 'plain' or base_model to "
+                "another architecture",
                 gap=gap,
             )
+
+    def _whole_logits(self, packed: Packed) -> Tensor:
+        logits: Tensor = self.model(
+            input_ids=self.on_device(packed.ids_N)[None],
+            attention_mask=self._mask(packed),
+            position_ids=self.on_device(packed.source_N)[None],
+            logits_to_keep=self.on_device(packed.predict_M),
+            use_cache=False,
+        ).logits[0]
+        return logits
+
+    def _mask(self, packed: Packed) -> Tensor:
+        visible = self.on_device(packed.visible_NN)
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[None, None]
 
     def _embed(self, packed: Packed) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(self.on_device(packed.ids_N))
@@ -123,13 +150,10 @@ class SplitModel:
     def _run_plainly(
         self, hidden_ND: Tensor, packed: Packed, part: slice, is_final: bool
     ) -> Tensor:
-        visible = self.on_device(packed.visible_NN)
-        mask = hidden_ND.new_zeros(visible.shape)
-        mask.masked_fill_(~visible, torch.finfo(hidden_ND.dtype).min)
         with self._only(part, is_final):
             out = self.decoder(
                 inputs_embeds=hidden_ND[None],
-                attention_mask=mask[None, None],
+                attention_mask=self._mask(packed),
                 position_ids=self.on_device(packed.source_N)[None],
                 use_cache=False,
             )

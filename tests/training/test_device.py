@@ -109,7 +109,7 @@ def test_moments_in_bf16_are_float32_and_a_resumed_run_goes_on(tiny: Path, tmp_p
     tensors = safetensors.torch.load_file(kept / "tensors.safetensors")
     assert {t.dtype for name, t in tensors.items() if name != "rng"} == {torch.float32}
     resumed = trained(lora.attach(load_model(tiny, BF16), config), config, tmp_path / "a")
-    assert resumed == whole[-len(resumed) :] or len(resumed) < len(whole)
+    assert 0 < len(resumed) < len(whole)
     assert [s.loss for s in resumed] == [s.loss for s in whole[-len(resumed) :]]
 
 

@@ -21,10 +21,11 @@ from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
 from perennial.training.mix import Pick, Planned
 from perennial.training.objective import BatchLoss
-from perennial.training.prepared import Sources, prepare
+from perennial.training.prepared import Sources, log_probs_of, prepare, teach
 from perennial.training.progress import StepRecord
 from perennial.training.tokens import TokenRow, encode_example
 from perennial.training.trainer import Trained, check_loss
+from perennial.training.trunk import SplitModel
 from tests.training.builders import example, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +174,38 @@ def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
     with pytest.raises(TrainingError, match="one row at a time") as told:
         trainer.gradients(broken, planned, config, optimizer, 1)
     assert told.value.fields["step"] == 7
+
+
+class Tight(SplitModel):
+    """Has memory for so many rows at once."""
+
+    max_rows = 99
+
+    def _run(self, hidden_ND: Any, packed: Any, part: Any, is_final: Any) -> Any:
+        if len(packed.sizes[1]) > self.max_rows:
+            raise MemoryError
+        return super()._run(hidden_ND, packed, part, is_final)
+
+
+def test_refused_memory_before_the_first_step_halves_what_runs_at_once() -> None:
+    split, rows = Tight(tiny_model(), 1), encoded(0, 7)
+    found = []
+    for split.max_rows in (99, 2):
+        taught = teach(split, rows, None, "completion", CONFIG)
+        scored = log_probs_of(split, rows, None)
+        found.append([*split.trunk(rows, 10**6), *(t.log_probs_TK for t in taught), scored])
+    for whole, halved in zip(*found, strict=True):
+        torch.testing.assert_close(halved, whole, atol=1e-4, rtol=1e-5)
+
+
+def test_memory_that_is_refused_for_one_row_is_an_error_that_says_what_to_do() -> None:
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = lora.attach(tiny_model(), CONFIG)
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(refuse)
+    with pytest.raises(TrainingError, match="outside a step; lower max_len"):
+        prepare(model, Sources(new=encoded(0, 3)), CONFIG)
 
 
 def found_with(losses: dict[str, float]) -> BatchLoss:

@@ -1,12 +1,14 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perennial.infra.errors import InputError
+from perennial.infra.errors import InputError, TrainingError
 from perennial.training.batching import cut, length_sorted, pack, shared_prefix
 from perennial.training.evaluate import Limits, generate, reference_nlls
 from perennial.training.grading import EvalRow, is_right
@@ -92,6 +94,51 @@ def test_the_cached_trunk_gives_the_same_logits() -> None:
     torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
 
 
+SIZES = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0),
+        transformers.CohereConfig(**SIZES, num_key_value_heads=2, logit_scale=0.25),
+        transformers.GPT2Config(**SIZES, eos_token_id=0, bos_token_id=0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_is_no_llama_runs_whole_and_has_its_own_logits(config: Any) -> None:
+    model, batch = random_model(config), rows(3)
+    split = SplitModel(model, 1, "fused")
+    split.check_split(batch[0])
+    assert split.num_frozen == 0
+    alone = [reference_nll(model, row) for row in batch]
+    assert reference_nlls(model, batch) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_model_that_does_not_take_packed_rows_is_refused_by_name() -> None:
+    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=259)
+    with pytest.raises(TrainingError, match=r"logits of packed rows differ.*cannot train mpt"):
+        SplitModel(random_model(config), 0).check_split(rows(1)[0])
+
+
+def random_model(config: Any) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    for weight in model.parameters():
+        torch.nn.init.uniform_(weight, -0.3, 0.3)
+    return model
+
+
+def reference_nll(model: Any, row: TokenRow) -> float:
+    with torch.no_grad():
+        logits = model(torch.from_numpy(row.ids_T)[None]).logits[0].log_softmax(-1)
+    return -float(
+        np.mean(
+            [float(logits[at - 1, row.ids_T[at]]) for at in range(row.num_prompt, row.num_tokens)]
+        )
+    )
+
+
 def test_a_dropped_token_is_not_seen() -> None:
     batch = rows(2)
     gone = frozenset(list(batch[0].question)[:3])
@@ -99,6 +146,16 @@ def test_a_dropped_token_is_not_seen() -> None:
     own = packed.source_N[(packed.row_N == 0)]
     assert not gone & set(own.tolist())
     assert (packed.ids_N[packed.predict_M[1:]] == packed.label_M[:-1]).sum() >= 10
+
+
+def test_the_last_token_of_a_prompt_stays_for_it_predicts_the_first_label() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    row = encode_example(tokenizer, example(1), 512)
+    assert row.question[-1] == row.num_prompt - 1
+    packed = pack([row], labels=["completion"], dropped=[frozenset(row.question)])
+    assert packed.source_N[packed.predict_M].tolist() == (packed.at_M - 1).tolist()
+    assert packed.source_N.tolist() == [*range(row.num_prompt - 1, row.num_tokens)]
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
@@ -132,12 +189,7 @@ def test_batched_greedy_answers_equal_those_given_alone() -> None:
 
 def test_reference_nll_is_the_mean_over_completion_tokens() -> None:
     model, batch = tiny_model(), rows(3)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(batch[1].ids_T)[None]).logits[0].log_softmax(-1)
-    row = batch[1]
-    wanted = -np.mean(
-        [float(logits[at - 1, row.ids_T[at]]) for at in range(row.num_prompt, row.num_tokens)]
-    )
+    wanted = reference_nll(model, batch[1])
     assert reference_nlls(model, batch)[1] == pytest.approx(wanted, abs=1e-5)
 
 
