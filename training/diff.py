@@ -49,7 +49,7 @@ class Diff:
 
     added, pairs, judgements: trained on for the first time. judge: kept apart to judge by.
     num_known: compiled rows that ask what is judged by. kept: replayed. forgotten: contradicted.
-    evicted: replayed now and for the last time, because there is no room.
+    evicted: not replayed by the next round, because there is no room.
     """
 
     title: str
