@@ -2,7 +2,7 @@
 
 It is a value; every change gives a new one. Rows leave when their round or topic has more than its
 part of the capacity, and when a newer example contradicts them. Pairs and judgements are
-not kept: what an edit taught stays as its example. Erasure is left to flows, which reach every file.
+not kept: what an edit taught stays as its example. Erasure is left to flows, which reach all files.
 """
 
 import hashlib
