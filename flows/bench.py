@@ -133,7 +133,9 @@ def prepare(settings: Settings, request: Request) -> Bench:
             for order in request.orders
         },
         probe=fitting_probe,
-        recipe=Recipe(overrides=overrides, general=general, salt=salt),
+        recipe=Recipe(
+            overrides=overrides, general=general, salt=salt, dev_share=settings.training.holdout
+        ),
         left_out={
             "stream": _num_rows(tasks) - _num_rows(fitting),
             "general": len(kept) - len(general),
@@ -210,7 +212,7 @@ class _Worker:
             job = {**self.bench.model, "config": step.config.to_json()}
             if parent:
                 job |= {"parent_adapter": str(parent), **left_by(parent)}
-            for name in ("new", "replay", "general"):
+            for name in ("new", "replay", "general", "dev"):
                 rows: Sequence[Example] = getattr(step, name)
                 write_examples(work / f"{name}.jsonl", rows)
                 job["train_rows" if name == "new" else f"{name}_rows"] = f"{name}.jsonl"

@@ -32,7 +32,7 @@ class InProcess:
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.calls: list[str] = []
-        self.num_taught: list[int] = []
+        self.trained: list[dict[str, Any]] = []
         self._stop_at = stop_at
 
     def __call__(
@@ -49,7 +49,7 @@ class InProcess:
         on_line(f"{command} begins")
         assert run.main([command, str(job), str(out)]) == 0
         if command == "train":
-            self.num_taught.append(json.loads((out / "summary.json").read_bytes())["num_taught"])
+            self.trained.append(json.loads((out / "summary.json").read_bytes()))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -193,7 +193,17 @@ def test_replayed_rows_have_the_teachers_of_their_round(inputs: Path, tmp_path: 
     bench(inputs, tmp_path, execute, arms=("full", "no-kd"))
 
     # Three of the four rows of the first round are not overridden by the second.
-    assert execute.num_taught == [0, 3, 0, 0]
+    assert [found["num_taught"] for found in execute.trained] == [0, 3, 0, 0]
+
+
+def test_every_start_goes_on_from_what_the_round_before_left(inputs: Path, tmp_path: Path) -> None:
+    execute = InProcess()
+    bench(inputs, tmp_path, execute, arms=("slow-fast", "blend"))
+
+    starts = [found["start"]["start"] for found in execute.trained]
+    assert starts == ["base", "slow-fast", "base", "blend"]
+    assert [found["num_taught"] for found in execute.trained] == [0, 3, 0, 3]
+    assert execute.trained[3]["dev_loss_by_alpha"]
 
 
 def test_both_orders_and_seeds_are_runs_of_an_arm(inputs: Path, tmp_path: Path) -> None:
