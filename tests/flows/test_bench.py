@@ -16,7 +16,7 @@ from rich.console import Console
 from perennial.flows.bench import Request, prepare, run_steps
 from perennial.flows.bench_report import write_report
 from perennial.flows.cli import main
-from perennial.flows.cli_bench import log_result
+from perennial.flows.cli_bench import log_result, run_name
 from perennial.infra.errors import InputError
 from perennial.infra.settings import Settings
 from perennial.training import run
@@ -231,6 +231,26 @@ def test_rows_that_do_not_fit_are_counted_and_left_out(inputs: Path, tmp_path: P
     write_rows(tmp_path / "s" / "01-a.test.jsonl", [{"instruction": "x", "outputs": ["a"]}])
     with pytest.raises(InputError, match="no row has at most 512 tokens"):
         prepare(settings(inputs), request(inputs, tmp_path, stream=tmp_path / "s"))
+
+
+def test_what_changes_the_figures_makes_another_run_in_mlflow(inputs: Path, tmp_path: Path) -> None:
+    def name(overrides: dict[str, Any] | None = None, **fields: Any) -> str:
+        given = settings(inputs)
+        given.training.overrides.update(overrides or {})
+        return run_name(prepare(given, request(inputs, **{"out": tmp_path, **fields})))
+
+    write_rows(tmp_path / "general.jsonl", [{"prompt": "say so", "answer": "so"}])
+    others = [
+        name({"lr": 1e-3}),
+        name(orders=("given", "reversed")),
+        name(seeds=(1,)),
+        name(arms=("full",)),
+        name(rows=2),
+        name(general_replay=tmp_path / "general.jsonl"),
+        name(graders={"01-boxes": "contains"}),
+    ]
+    assert len({name(), *others}) == 1 + len(others)
+    assert name() == name(out=tmp_path / "elsewhere")
 
 
 @pytest.mark.slow
