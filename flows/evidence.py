@@ -35,6 +35,15 @@ _KINDS = {
 _NUM_SAMPLES = 8
 
 
+def champion_of(deps: Deps, round_: Round) -> str | None:
+    """The version that the round's candidate competes with; None is the base model.
+
+    Not the candidate's parent: one that was rebuilt from the base has none.
+    """
+    begun = deps.ledger.last_result(round_.id, "begin")
+    return begun["champion"] if begun else None
+
+
 def read_rows(
     out: Path, suites: Path, round_id: str, names: Mapping[str, str]
 ) -> Iterator[Evaluation]:
@@ -97,7 +106,7 @@ def publish(deps: Deps, round_: Round, version: ModelVersion, folder: Path) -> J
     store.log_params(run, trained["config"])
     progress = read_progress(folder / "train" / "progress.jsonl")
     store.log_curve(run, "loss", [(row.step, row.loss) for row in progress])
-    champion = version.parent
+    champion = champion_of(deps, round_)
     decided = verdict(deps, round_, version, scored_against=champion)
     rows = deps.evaluations.rows(round_.id)
     card = Card(
@@ -107,7 +116,7 @@ def publish(deps: Deps, round_: Round, version: ModelVersion, folder: Path) -> J
         verdict=decided,
         recipe=trained["config"],
         examples=trained["num_rows"],
-        samples=_samples(folder, version, rows),
+        samples=_samples(folder, rows, champion or "base", version.name),
     )
     for name, content in (
         ("model_card.md", render_card(card).encode()),
@@ -169,15 +178,12 @@ def _attempt(deps: Deps, round_: Round) -> int:
 
 
 def _samples(
-    folder: Path,
-    version: ModelVersion,
-    rows: Sequence[Evaluation],
+    folder: Path, rows: Sequence[Evaluation], champion: str, candidate: str
 ) -> list[tuple[str, str, str]]:
     asked = read_suite(folder / "data" / "suites" / "target.jsonl")
     said = {(row.version, row.row_id): row.answer or "" for row in rows if row.suite == "target"}
-    before = version.parent or "base"
     return [
-        (row.messages[-1][1], said.get((before, row.id), ""), said.get((version.name, row.id), ""))
+        (row.messages[-1][1], said.get((champion, row.id), ""), said.get((candidate, row.id), ""))
         for row in asked[:_NUM_SAMPLES]
     ]
 
@@ -196,7 +202,7 @@ def _r_matrix(deps: Deps, round_: Round) -> bytes:
     )
     scores = []
     for after in rounds:
-        live = _scored_against(deps, after)
+        live = champion_of(deps, after) or "base"
         rows = [row for row in deps.evaluations.rows(after.id) if row.version != live]
         scores.append([_mean(_scores_on(rows, of, after)) for of in rounds])
     names = [f"round {r.number}" for r in rounds]
@@ -209,11 +215,6 @@ def _scores_on(rows: Sequence[Evaluation], of: Round, after: Round) -> list[floa
         return [row.score for row in rows if row.suite == "target"]
     prefix = f"round-{of.number}/"
     return [r.score for r in rows if r.suite == "retained" and r.row_id.startswith(prefix)]
-
-
-def _scored_against(deps: Deps, round_: Round) -> str:
-    made = [v for v in deps.versions.list_versions(round_.task) if v.round_id == round_.id]
-    return (made[0].parent if made else None) or "base"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -154,14 +154,18 @@ def training_job(settings: Settings, rows: Path, parent: Path | None) -> Json:
 def name_version(
     deps: Deps, round_: Round, data: Json, trained: Json, champion: ModelVersion | None
 ) -> ModelVersion:
-    """The candidate's version: its name is fixed from here on."""
+    """The candidate's version: its name is fixed from here on.
+
+    One that training began from the base has no parent: it knows only the rows of its own round.
+    """
+    is_from_base = trained["start"]["start"] == "base"
     new = NewVersion(
         task=round_.task,
         adapter_digest=trained["adapter_digest"],
         adapter_path=_folder(deps, round_) / "train" / "adapter",
         base_digest=_base_digest(deps),
         round_id=round_.id,
-        parent=champion.name if champion else None,
+        parent=None if champion is None or is_from_base else champion.name,
         dataset_digest=data["digest"],
     )
     rows = data_folder(deps, round_.id)
