@@ -27,6 +27,8 @@ from perennial.training.examples import (
     Judgement,
     Pair,
     read_examples,
+    read_judgements,
+    read_pairs,
     write_examples,
 )
 from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
@@ -100,6 +102,16 @@ def general_file(settings: Settings, draft: Callable[[Json, Path], None]) -> Pat
 def data_folder(deps: Deps, round_id: str) -> Path:
     """Where the rows of a round are."""
     return deps.settings.home / "rounds" / round_id / "data"
+
+
+def read_training_rows(folder: Path) -> tuple[Example | Judgement | Pair, ...]:
+    """Every row that a round gives to training, from its folder."""
+    names = ("train", "replay", "dev", "general")
+    return (
+        *(row for name in names for row in read_examples(folder / f"{name}.jsonl")),
+        *read_pairs(folder / "pairs.jsonl"),
+        *read_judgements(folder / "judgements.jsonl"),
+    )
 
 
 def suite_row(example: Example, rule: str = "contains") -> Json:

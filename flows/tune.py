@@ -206,6 +206,9 @@ class _Worker:
         _write_json(work / "scores.json", job)
         self.execute("evaluate", work / "scores.json", work / "scores", on_line=self.on_line)
         found: Json = json.loads((work / "scores/summary.json").read_bytes())["results"][_MODEL]
+        for name, suite in found.items():
+            if not suite["num_rows"]:
+                raise InputError(f"every row of {name} is too long to be measured on")
         return found
 
 
