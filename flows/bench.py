@@ -25,7 +25,7 @@ from perennial.infra.settings import Settings
 from perennial.training import config as configs
 from perennial.training.arms import Course, Recipe, Step, course, plan
 from perennial.training.continual import GENERAL
-from perennial.training.evaluate import Limits
+from perennial.training.evaluate import longest_row
 from perennial.training.examples import Example, write_examples
 from perennial.training.general import PACKAGED_REPLAY, load_general
 from perennial.training.grading import Grader
@@ -47,6 +47,7 @@ from perennial.training.tokens import encode_example, encode_text
 _MODEL = "model"  # the one adapter, or the base, of an evaluation
 _MAX_NEW_TOKENS = 64
 _SPARE_TOKENS = 8
+_MAX_TEST_LEN = 1024  # tokens; another number would name the results on disk anew
 TRAINED = "trained.json"
 
 Json = dict[str, Any]  # Any: JSON
@@ -118,9 +119,11 @@ def prepare(settings: Settings, request: Request) -> Bench:
     overrides = settings.training.overrides
     folder = ensure_base_model(settings.model.name, settings.model.cache_dir)
     tokenizer = load_tokenizer(folder)
-    fit = _Fit(tokenizer=tokenizer, max_len=configs.from_json(overrides).max_len)
+    max_test_len = min(_MAX_TEST_LEN, longest_row(folder))
+    max_len = configs.from_json(overrides).max_len
+    fit = _Fit(tokenizer=tokenizer, max_len=max_len, max_test_len=max_test_len)
     fitting = tuple(fit.task(task) for task in tasks)
-    general, fitting_probe = fit.examples(kept), fit.examples(probe)
+    general, fitting_probe = fit.examples(kept), fit.probe(probe)
     max_new_tokens = min(_MAX_NEW_TOKENS, _longest_answer(tokenizer, fitting) + _SPARE_TOKENS)
     tests = [task.test for task in fitting]
     salt = _digest([settings.model.name, max_new_tokens, tests, fitting_probe])
@@ -133,7 +136,9 @@ def prepare(settings: Settings, request: Request) -> Bench:
             for order in request.orders
         },
         probe=fitting_probe,
-        recipe=Recipe(overrides=overrides, general=general, salt=salt),
+        recipe=Recipe(
+            overrides=overrides, general=general, salt=salt, dev_share=settings.training.holdout
+        ),
         left_out={
             "stream": _num_rows(tasks) - _num_rows(fitting),
             "general": len(kept) - len(general),
@@ -210,7 +215,7 @@ class _Worker:
             job = {**self.bench.model, "config": step.config.to_json()}
             if parent:
                 job |= {"parent_adapter": str(parent), **left_by(parent)}
-            for name in ("new", "replay", "general"):
+            for name in ("new", "replay", "general", "dev"):
                 rows: Sequence[Example] = getattr(step, name)
                 write_examples(work / f"{name}.jsonl", rows)
                 job["train_rows" if name == "new" else f"{name}_rows"] = f"{name}.jsonl"
@@ -228,14 +233,15 @@ class _Worker:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Fit:
-    """Keeps the rows that the context holds; training and evaluation refuse longer ones."""
+    """Keeps the rows that training and evaluation take; they leave out longer ones."""
 
     tokenizer: Any  # transformers
     max_len: int
+    max_test_len: int
 
     def task(self, task: Task) -> Task:
         train = tuple(row for row in task.train if self._holds(row.example, self.max_len))
-        test = tuple(row for row in task.test if self._holds(row.example, Limits().max_len))
+        test = tuple(row for row in task.test if self._holds(row.example, self.max_test_len))
         if not train or not test:
             raise InputError(
                 f"task {task.name}: no row has at most {self.max_len} tokens; raise max_len",
@@ -245,6 +251,10 @@ class _Fit:
 
     def examples(self, rows: Iterable[Example]) -> tuple[Example, ...]:
         return tuple(row for row in rows if self._holds(row, self.max_len))
+
+    def probe(self, rows: Iterable[Example]) -> tuple[Example, ...]:
+        max_len = min(self.max_len, self.max_test_len)
+        return tuple(row for row in rows if self._holds(row, max_len))
 
     def _holds(self, row: Example, max_len: int) -> bool:
         num_chars = len(row.completion) + sum(len(text) for _, text in row.messages)

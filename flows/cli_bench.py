@@ -1,6 +1,7 @@
 """`perennial bench continual`: options to a request, its steps, its report, MLflow."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -87,9 +88,7 @@ def log_result(settings: Settings, bench: Bench, result: Json) -> str:
     from perennial.registry.mlflow_store import MlflowStore
 
     store, out = MlflowStore(settings.mlflow.uri), bench.request.out
-    asked = "\n".join([bench.recipe.salt, *result["arms"], *map(str, result["seeds"])])
-    name = f"continual-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
-    run = store.ensure_run(_EXPERIMENT, name, {"stream": result["stream"]})
+    run = store.ensure_run(_EXPERIMENT, run_name(bench), {"stream": result["stream"]})
     keys = ("base_model", "stream", "seeds", "orders", "num_threads", "overrides")
     store.log_params(run, {key: str(result[key]) for key in keys})
     for arm, figures in result["arms"].items():
@@ -102,6 +101,19 @@ def log_result(settings: Settings, bench: Bench, result: Json) -> str:
         store.log_file(run, path, "plots")
     store.finish_run(run, is_success=True)
     return run.url
+
+
+def run_name(bench: Bench) -> str:
+    """Of all that the figures depend on: every step of every arm, and how answers are graded."""
+    asked = bench.request
+    keys = [
+        [step.key for step in bench.steps(arm, seed, order)]
+        for arm in ("base", *asked.arms)
+        for seed in asked.seeds
+        for order in asked.orders
+    ]
+    parts = json.dumps([asked.arms, keys, sorted(bench.graders.items())])
+    return f"continual-{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
 
 
 def _table(result: Json) -> Table:

@@ -27,11 +27,14 @@ from perennial.training.examples import (
     Judgement,
     Pair,
     read_examples,
+    read_judgements,
+    read_pairs,
     write_examples,
 )
 from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
 from perennial.training.holdout import Holdout, not_judged, split_holdout
 from perennial.training.replay import ReplayStore, load_replay
+from perennial.training.stream import spread
 from perennial.training.text import fit_tfidf
 
 _NUM_REPLAYED_JUDGED = 45
@@ -54,6 +57,7 @@ class Curated:
     replay: ReplayStore
     dev: tuple[Example, ...]
     next_replay: ReplayStore
+    evicted: tuple[Example, ...]
     judged: tuple[Example, ...]
     forgotten: tuple[Forgotten, ...]
 
@@ -100,6 +104,16 @@ def data_folder(deps: Deps, round_id: str) -> Path:
     return deps.settings.home / "rounds" / round_id / "data"
 
 
+def read_training_rows(folder: Path) -> tuple[Example | Judgement | Pair, ...]:
+    """Every row that a round gives to training, from its folder."""
+    names = ("train", "replay", "dev", "general")
+    return (
+        *(row for name in names for row in read_examples(folder / f"{name}.jsonl")),
+        *read_pairs(folder / "pairs.jsonl"),
+        *read_judgements(folder / "judgements.jsonl"),
+    )
+
+
 def suite_row(example: Example, rule: str = "contains") -> Json:
     """A row as suites hold it; `contains` is how the gate grades."""
     return {
@@ -129,19 +143,21 @@ def _against_the_past(
 ) -> Curated:
     """New rows apart from those to judge by, and the past without what they contradict."""
     settings = deps.settings.training
-    replay = ReplayStore(capacity=settings.replay_rows, seed=0)
+    past = ReplayStore(capacity=settings.replay_rows, seed=0)
     judged: tuple[Example, ...] = ()
     if champion is not None:
-        past = data_folder(deps, champion.round_id)
-        replay = load_replay(past / "next_replay.jsonl")
-        judged = read_examples(past / "next_judged.jsonl")
-    gone = contradicted((*replay.rows, *judged), compiled.examples, Contradiction())
+        before = data_folder(deps, champion.round_id)
+        past = load_replay(before / "next_replay.jsonl")
+        judged = read_examples(before / "next_judged.jsonl")
+    gone = contradicted((*past.rows, *judged), compiled.examples, Contradiction())
     ids = {row.id for row in gone}
     judged = tuple(row for row in judged if row.id not in ids)
-    replay = replace(replay, rows=tuple(row for row in replay.rows if row.id not in ids))
+    past = replace(past, rows=tuple(row for row in past.rows if row.id not in ids))
+    replay = past.resized(settings.replay_rows)
     new = split_holdout(not_judged(compiled.examples, judged), settings.holdout)
     apart = (*judged, *new.judge)
     next_replay = replay.add(new.train, round_.id)
+    stays = {row.id for row in next_replay.rows}
     dev: tuple[Example, ...] = ()
     if champion is not None and settings.overrides.get("start") == "blend":
         for_new, for_past = (
@@ -158,6 +174,7 @@ def _against_the_past(
         replay=replay,
         dev=dev,
         next_replay=next_replay,
+        evicted=tuple(row for row in past.rows if row.id not in stays),
         judged=judged,
         forgotten=_forgotten(gone, compiled.examples),
     )
@@ -205,8 +222,7 @@ def _suites(
     What must be kept is in one suite, because a suite of a few dozen rows cannot show that little
     was lost. A suite with too few rows is left out, except the target, whose lack the gate reports.
     """
-    replayed = curated.replay.rows
-    sample = replayed[:: max(1, len(replayed) // _NUM_REPLAYED_JUDGED)][:_NUM_REPLAYED_JUDGED]
+    sample = spread(curated.replay.rows, _NUM_REPLAYED_JUDGED)
     suites = {
         "retained": [
             *(_past_row(deps, example, "round") for example in curated.judged),
@@ -247,7 +263,6 @@ def _of_round(examples: Sequence[Example], round_id: str) -> tuple[Example, ...]
 
 
 def _diff(round_: Round, curated: Curated) -> Diff:
-    stays = {row.id for row in curated.next_replay.rows}
     return Diff(
         title=f"Training rows of round {round_.number}",
         compiled=curated.compiled,
@@ -258,5 +273,5 @@ def _diff(round_: Round, curated: Curated) -> Diff:
         num_known=curated.num_known,
         kept=curated.replay.rows,
         forgotten=curated.forgotten,
-        evicted=tuple(row for row in curated.replay.rows if row.id not in stays),
+        evicted=curated.evicted,
     )

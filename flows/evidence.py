@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from perennial.flows.curate import data_folder, read_training_rows
 from perennial.flows.mapping import to_rules, token_f1
 from perennial.flows.steps import Json
 from perennial.flows.wiring import Deps
@@ -22,6 +23,7 @@ from perennial.registry.gate import (
 from perennial.registry.plots import LossPoint, plot_gain, plot_loss, plot_r_matrix
 from perennial.registry.rounds import Round, RoundState
 from perennial.registry.versions import ModelVersion
+from perennial.training.diff import render_left_out
 from perennial.training.grading import EvalRow, read_suite
 from perennial.training.progress import read_progress
 
@@ -33,6 +35,16 @@ _KINDS = {
     "general": SuiteKind.NLL,
 }
 _NUM_SAMPLES = 8
+_DIFF = "training_rows/diff.md"
+
+
+def champion_of(deps: Deps, round_: Round) -> str | None:
+    """The version that the round's candidate competes with; None is the base model.
+
+    Not the candidate's parent: one that was rebuilt from the base has none.
+    """
+    begun = deps.ledger.last_result(round_.id, "begin")
+    return begun["champion"] if begun else None
 
 
 def read_rows(
@@ -59,12 +71,16 @@ def read_rows(
 def verdict(
     deps: Deps, round_: Round, version: ModelVersion, *, scored_against: str | None
 ) -> Verdict:
-    """The gate's verdict over the stored scores."""
+    """The gate's verdict over the stored scores.
+
+    A suite none of whose rows could be scored is judged too: what nobody measured is not kept.
+    """
     rows = deps.evaluations.rows(round_.id)
     champion = scored_against or "base"
+    asked = {path.stem for path in (data_folder(deps, round_.id) / "suites").glob("*.jsonl")}
     suites = [
         _suite(name, [row for row in rows if row.suite == name], champion, version.name)
-        for name in sorted({row.suite for row in rows})
+        for name in sorted(asked | {row.suite for row in rows})
     ]
     return judge(
         GateEvidence(
@@ -97,7 +113,7 @@ def publish(deps: Deps, round_: Round, version: ModelVersion, folder: Path) -> J
     store.log_params(run, trained["config"])
     progress = read_progress(folder / "train" / "progress.jsonl")
     store.log_curve(run, "loss", [(row.step, row.loss) for row in progress])
-    champion = version.parent
+    champion = champion_of(deps, round_)
     decided = verdict(deps, round_, version, scored_against=champion)
     rows = deps.evaluations.rows(round_.id)
     card = Card(
@@ -107,7 +123,8 @@ def publish(deps: Deps, round_: Round, version: ModelVersion, folder: Path) -> J
         verdict=decided,
         recipe=trained["config"],
         examples=trained["num_rows"],
-        samples=_samples(folder, version, rows),
+        notes=_notes(deps, round_, len(trained["left_out"])),
+        samples=_samples(folder, rows, champion or "base", version.name),
     )
     for name, content in (
         ("model_card.md", render_card(card).encode()),
@@ -115,9 +132,9 @@ def publish(deps: Deps, round_: Round, version: ModelVersion, folder: Path) -> J
         ("plots/gain_and_retention.png", plot_gain(decided.comparisons, version.name)),
         ("plots/r_matrix.png", _r_matrix(deps, round_)),
         ("evaluation_rows.jsonl", _lines(rows)),
+        (_DIFF, _diff(folder / "data", trained["left_out"]).encode()),
     ):
         store.log_bytes(run, name, content)
-    store.log_file(run, folder / "data" / "diff.md", "training_rows")
     for comparison in decided.comparisons:
         store.log_curve(run, f"{comparison.suite}/after", [(0, comparison.after.estimate)])
         store.log_curve(run, f"{comparison.suite}/before", [(0, comparison.before.estimate)])
@@ -168,16 +185,30 @@ def _attempt(deps: Deps, round_: Round) -> int:
     return attempt
 
 
+def _notes(deps: Deps, round_: Round, num_untrained: int) -> list[str]:
+    """What the figures do not show: rows that were too long."""
+    scored = deps.ledger.last_result(round_.id, "evaluate") or {}
+    unscored = ", ".join(f"{name} {num}" for name, num in scored.get("left_out", {}).items())
+    notes = [f"Rows too long to be scored, left out for both: {unscored}."] if unscored else []
+    if num_untrained:
+        notes.append(f"Rows too long to be trained on: {num_untrained}; `{_DIFF}` ends with them.")
+    return notes
+
+
+def _diff(data: Path, left_out: Sequence[Json]) -> str:
+    """What the round added, kept and dropped, with what training left out of it."""
+    text = (data / "diff.md").read_text(encoding="utf-8")
+    num_tokens = {row["id"]: row["num_tokens"] for row in left_out}
+    return text + render_left_out(read_training_rows(data), num_tokens) if num_tokens else text
+
+
 def _samples(
-    folder: Path,
-    version: ModelVersion,
-    rows: Sequence[Evaluation],
+    folder: Path, rows: Sequence[Evaluation], champion: str, candidate: str
 ) -> list[tuple[str, str, str]]:
     asked = read_suite(folder / "data" / "suites" / "target.jsonl")
     said = {(row.version, row.row_id): row.answer or "" for row in rows if row.suite == "target"}
-    before = version.parent or "base"
     return [
-        (row.messages[-1][1], said.get((before, row.id), ""), said.get((version.name, row.id), ""))
+        (row.messages[-1][1], said.get((champion, row.id), ""), said.get((candidate, row.id), ""))
         for row in asked[:_NUM_SAMPLES]
     ]
 
@@ -196,7 +227,7 @@ def _r_matrix(deps: Deps, round_: Round) -> bytes:
     )
     scores = []
     for after in rounds:
-        live = _scored_against(deps, after)
+        live = champion_of(deps, after) or "base"
         rows = [row for row in deps.evaluations.rows(after.id) if row.version != live]
         scores.append([_mean(_scores_on(rows, of, after)) for of in rounds])
     names = [f"round {r.number}" for r in rounds]
@@ -209,11 +240,6 @@ def _scores_on(rows: Sequence[Evaluation], of: Round, after: Round) -> list[floa
         return [row.score for row in rows if row.suite == "target"]
     prefix = f"round-{of.number}/"
     return [r.score for r in rows if r.suite == "retained" and r.row_id.startswith(prefix)]
-
-
-def _scored_against(deps: Deps, round_: Round) -> str:
-    made = [v for v in deps.versions.list_versions(round_.task) if v.round_id == round_.id]
-    return (made[0].parent if made else None) or "base"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -6,6 +6,7 @@ import time
 import httpx
 from prefect import flow
 
+from perennial.flows.evidence import champion_of
 from perennial.flows.steps import Json, Steps, digest, leased, transient_task
 from perennial.flows.wiring import Deps, connect
 from perennial.infra.errors import ConflictError, LeaseLostError, PerennialError
@@ -67,7 +68,7 @@ def ask_approval(
     deps: Deps, round_: Round, version: ModelVersion, verdict: Json, policy: ApprovalSettings
 ) -> Approval:
     """The answer about a version that the gate passed, waited for as long as the policy says."""
-    expected = version.parent
+    expected = champion_of(deps, round_)
     asked = deps.approvals.request(version.name, expected=expected, evidence_digest=digest(verdict))
     if asked.state is not ApprovalState.PENDING:
         return asked

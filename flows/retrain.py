@@ -4,6 +4,7 @@ Each step is done once for its inputs; the result of each is a small JSON docume
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 
 from perennial.flows import evidence
-from perennial.flows.curate import curate, data_folder, general_file
+from perennial.flows.curate import curate, data_folder, general_file, read_training_rows
 from perennial.flows.processes import model_fields, run_training_process
 from perennial.flows.steps import Json, Steps, digest, leased, transient_task
 from perennial.flows.wiring import Deps, connect
@@ -22,14 +23,6 @@ from perennial.monitoring.check_store import StoredCheck
 from perennial.registry.rounds import Round, RoundState
 from perennial.registry.version_store import Member
 from perennial.registry.versions import ModelVersion, NewVersion
-from perennial.training.examples import (
-    Example,
-    Judgement,
-    Pair,
-    read_examples,
-    read_judgements,
-    read_pairs,
-)
 from perennial.training.job import left_by
 
 
@@ -154,27 +147,23 @@ def training_job(settings: Settings, rows: Path, parent: Path | None) -> Json:
 def name_version(
     deps: Deps, round_: Round, data: Json, trained: Json, champion: ModelVersion | None
 ) -> ModelVersion:
-    """The candidate's version: its name is fixed from here on."""
+    """The candidate's version: its name is fixed from here on.
+
+    One that training began from the base has no parent: it knows only the rows of its own round.
+    """
+    is_from_base = trained["start"]["start"] == "base"
     new = NewVersion(
         task=round_.task,
         adapter_digest=trained["adapter_digest"],
         adapter_path=_folder(deps, round_) / "train" / "adapter",
         base_digest=_base_digest(deps),
         round_id=round_.id,
-        parent=champion.name if champion else None,
+        parent=None if champion is None or is_from_base else champion.name,
         dataset_digest=data["digest"],
-    )
-    rows = data_folder(deps, round_.id)
-    trained_on: tuple[Example | Judgement | Pair, ...] = (
-        *read_examples(rows / "train.jsonl"),
-        *read_examples(rows / "replay.jsonl"),
-        *read_examples(rows / "dev.jsonl"),
-        *read_pairs(rows / "pairs.jsonl"),
-        *read_judgements(rows / "judgements.jsonl"),
     )
     members = {
         origin.event_id: Member(event_id=origin.event_id, subject=origin.subject)
-        for row in trained_on
+        for row in read_training_rows(data_folder(deps, round_.id))
         for origin in row.origins
     }
     return deps.versions.register(new, members.values())
@@ -208,7 +197,9 @@ def evaluate_models(
             _run(deps, "evaluate", job, out)
         names = {evidence.CHAMPION: live or "base", evidence.CANDIDATE: version.name}
         deps.evaluations.add(evidence.read_rows(out, suites, round_.id, names))
-        return {"champion": live, "digest": sha256_file(out / "summary.json")}
+        summary = out / "summary.json"
+        left_out = Counter(row["suite"] for row in json.loads(summary.read_bytes())["left_out"])
+        return {"champion": live, "digest": sha256_file(summary), "left_out": left_out}
 
     return steps.once("evaluate", inputs, work)
 

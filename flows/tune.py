@@ -19,6 +19,7 @@ from rich.console import Console
 from perennial.flows.bench import Execute
 from perennial.flows.bench_board import StepBoard
 from perennial.flows.curate import data_folder, of_both_labels, suite_row, write_suite
+from perennial.flows.evidence import champion_of
 from perennial.flows.retrain import training_job
 from perennial.flows.steps import Json, digest
 from perennial.flows.wiring import Deps
@@ -105,9 +106,8 @@ def prepare(deps: Deps, request: Request) -> Search:
     current = Setting(lr=config.lr, epochs=config.epochs)
     _check_budget(data.parent / "train" / "summary.json", current, request.budget_s)
     lrs, epochs = around(current)
-    begun = deps.ledger.last_result(round_.id, "begin")
-    assert begun is not None  # rows are curated after the champion was noted
-    parent = deps.versions.get(begun["champion"]) if begun["champion"] else None
+    champion = champion_of(deps, round_)
+    parent = deps.versions.get(champion) if champion else None
     out = (request.out or data.parent / "tune").resolve()
     num_rows = _write_rows(data, out / "work")
     job = training_job(settings, out / "work/rows", parent.adapter_path if parent else None)
@@ -206,6 +206,9 @@ class _Worker:
         _write_json(work / "scores.json", job)
         self.execute("evaluate", work / "scores.json", work / "scores", on_line=self.on_line)
         found: Json = json.loads((work / "scores/summary.json").read_bytes())["results"][_MODEL]
+        for name, suite in found.items():
+            if not suite["num_rows"]:
+                raise InputError(f"every row of {name} is too long to be measured on")
         return found
 
 

@@ -23,6 +23,7 @@ class Card:
     """What a card tells; `recipe` and `examples` are shown as they come.
 
     `examples` counts training rows by kind. `champion` is what the candidate was compared with.
+    `notes` are sentences on what the figures leave out.
     """
 
     version: ModelVersion
@@ -31,6 +32,7 @@ class Card:
     verdict: Verdict
     recipe: Mapping[str, str | int | float] = field(default_factory=dict)
     examples: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     samples: Sequence[tuple[str, str, str]] = ()  # (question, answer before, answer after)
 
 
@@ -82,6 +84,7 @@ def render_evidence(card: Card) -> str:
     parts = [
         f"{head} Compared with `{against}` on the same rows.",
         render_comparisons(card.verdict.comparisons),
+        *card.notes,
         "## Reasons",
         "\n".join(_bullet(reason) for reason in card.verdict.reasons),
     ]

@@ -27,7 +27,6 @@ class RoundState(StrEnum):
     OPEN = "open"
     PROMOTED = "promoted"
     REJECTED = "rejected"
-    FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

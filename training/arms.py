@@ -15,6 +15,7 @@ from perennial.infra.errors import ConfigError
 from perennial.training import config as configs
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Example
+from perennial.training.holdout import split_holdout
 from perennial.training.replay import ReplayStore
 from perennial.training.stream import Task
 
@@ -65,6 +66,12 @@ ARMS: Mapping[str, Arm] = {
     "from-base": Arm(
         says="full, each round rebuilt from the base", overrides={"start": "base"}
     ),
+    "slow-fast": Arm(
+        says="full, a slow average of the adapters is served", overrides={"start": "slow-fast"}
+    ),
+    "blend": Arm(
+        says="full, old and new adapter blended as dev rows like it", overrides={"start": "blend"}
+    ),
     "joint": Arm(
         says="all tasks at once: the upper bound", rounds="all-at-once", has_general=False
     ),
@@ -94,12 +101,14 @@ class Recipe:
     """What all arms share.
 
     `overrides` are fields over the recipe's defaults; `salt` names what else a result depends on:
-    base model, test rows, limits of generation.
+    base model, test rows, limits of generation. `dev_share` of the new and of the replayed rows
+    choose α where the start is "blend".
     """
 
     overrides: Mapping[str, Any]  # Any: fields of TrainConfig
     general: tuple[Example, ...]
     salt: str
+    dev_share: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +123,7 @@ class Step:
     new: tuple[Example, ...] = ()
     replay: tuple[Example, ...] = ()
     general: tuple[Example, ...] = ()
+    dev: tuple[Example, ...] = ()
 
 
 def course(tasks: Sequence[Task], replay_rows: int) -> Course:
@@ -170,9 +180,14 @@ def _step(
     config = _config(recipe, arm, seed, has_past=bool(past))
     replay = past if arm.has_replay else ()
     general = recipe.general if arm.has_general else ()
-    known = parent if config.start == "parent" else None
+    known = None if config.start == "base" else parent
+    dev: tuple[Example, ...] = ()
+    if known and config.start == "blend":
+        for_new, for_past = (split_holdout(rows, recipe.dev_share) for rows in (new, replay))
+        new, replay, dev = for_new.train, for_past.train, (*for_new.judge, *for_past.judge)
+    sources = (new, replay, general, dev) if dev else (new, replay, general)
     return Step(
-        key=_digest(recipe, config, known, examined, new, replay, general),
+        key=_digest(recipe, config, known, examined, *sources),
         index=index,
         config=config,
         parent=known,
@@ -180,6 +195,7 @@ def _step(
         new=new,
         replay=replay,
         general=general,
+        dev=dev,
     )
 
 

@@ -6,7 +6,7 @@ What is in the sets was decided elsewhere.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -49,7 +49,7 @@ class Diff:
 
     added, pairs, judgements: trained on for the first time. judge: kept apart to judge by.
     num_known: compiled rows that ask what is judged by. kept: replayed. forgotten: contradicted.
-    evicted: replayed now and for the last time, because there is no room.
+    evicted: not replayed by the next round, because there is no room.
     """
 
     title: str
@@ -92,6 +92,15 @@ def render_diff(diff: Diff, round_names: Mapping[str, str]) -> str:
         _list(diff.evicted, _said),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def render_left_out(
+    rows: Iterable[Example | Judgement | Pair], num_tokens: Mapping[str, int]
+) -> str:
+    """The end of the page, known once the round is trained: what was too long, by its id."""
+    asked = {row.id: question(row.messages) for row in rows if row.id in num_tokens}
+    shown = [f"{num_tokens[name]} tokens: {_inline(text)}" for name, text in asked.items()]
+    return f"\n## Left out of training, too long\n\n{_list(shown, str)}\n"
 
 
 def _sizes(diff: Diff) -> list[tuple[str, str]]:

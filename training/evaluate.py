@@ -1,27 +1,36 @@
 """Per-row results of a model with or without an adapter: likelihood, greedy answer, grade.
 
-Every row gives a result; an error is a wrong answer, never a smaller denominator. The verdict over
-the rows is left to the registry.
+Every row that fits gives a result; an error is a wrong answer, never a smaller denominator. A row
+that is too long is left out for every adapter alike, and named. The verdict over the rows is left
+to the registry.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from perennial.infra.errors import TooLargeError
 from perennial.training.batching import Packed, cut, length_sorted, pack
 from perennial.training.examples import Example
 from perennial.training.grading import EvalRow, is_right
 from perennial.training.loss import TopK, forward_kl, top_k
+from perennial.training.rows import LeftOut
 from perennial.training.tokens import TokenRow, encode_example, encode_prompt
 from perennial.training.trunk import SplitModel
 
 _NLL_TOKENS = 1024
 _KL_TOP_K = 20
+# The compiler admits 12,000 characters: 3,000 tokens of English, more of other scripts. Such rows
+# are scored by SmolLM2-135M within 2 GB.
+_MAX_LEN = 4096
+_FULL_BATCH_LEN = 1024  # tokens of a prompt up to which `max_rows` of them are answered together
 
 Choose = Callable[[Tensor], Tensor]  # logits (B, V) to the next ids (B,)
 
@@ -60,7 +69,30 @@ class Limits:
 
     max_new_tokens: int = 32
     max_rows: int = 32
-    max_len: int = 1024
+    max_len: int = _MAX_LEN
+
+
+def longest_row(model_folder: Path) -> int:
+    """Tokens that a row may have to be scored: no more than the model's context holds."""
+    config = json.loads((model_folder / "config.json").read_bytes())
+    return min(_MAX_LEN, int(config.get("max_position_embeddings") or _MAX_LEN))
+
+
+def leave_out_long(
+    tokenizer: Any,  # Any: transformers
+    rows: Sequence[EvalRow],
+    max_len: int,
+) -> tuple[tuple[EvalRow, ...], tuple[LeftOut, ...]]:
+    """The rows that fit, and the others. No adapter changes it, so that pairs stay pairs."""
+    fitting, left_out = [], []
+    for row in rows:
+        try:
+            _encoded(tokenizer, row, max_len)
+        except TooLargeError as error:
+            left_out.append(LeftOut(id=row.id, num_tokens=int(error.fields["num_tokens"] or 0)))
+        else:
+            fitting.append(row)
+    return tuple(fitting), tuple(left_out)
 
 
 def evaluate(
@@ -73,6 +105,9 @@ def evaluate(
     """Results in the order of `rows`, and their summary (NLL is the mean over all tokens).
 
     With the base model's `base_top_k` of the same rows, results carry the KL to it.
+
+    Raises:
+        TooLargeError: a row is too long; see `leave_out_long`.
     """
     started = time.monotonic()
     encoded = [_encoded(tokenizer, row, limits.max_len) for row in rows]
@@ -182,12 +217,24 @@ def generate(
     """Greedy answers; equal prompts are generated once, prompts of like length together."""
     distinct = list({tuple(prompt): None for prompt in prompts})
     said: dict[tuple[int, ...], str] = {}
-    for indices in length_sorted([len(prompt) for prompt in distinct], limits.max_rows):
+    for indices in _batches([len(prompt) for prompt in distinct], limits.max_rows):
         part = [distinct[index] for index in indices]
         new = generate_ids(model, part, limits, int(tokenizer.eos_token_id), likeliest)
         for prompt, ids in zip(part, new, strict=True):
             said[prompt] = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return [said[tuple(prompt)] for prompt in prompts]
+
+
+def _batches(num_tokens: Sequence[int], max_rows: int) -> Iterator[list[int]]:
+    """Indices of prompts of like length; of long ones fewer, as attention grows with the square.
+
+    >>> list(_batches([10, 2048, 2048, 20], max_rows=4))
+    [[1], [2], [3], [0]]
+    """
+    for indices in length_sorted(num_tokens, max_rows):
+        longest = max(_FULL_BATCH_LEN, num_tokens[indices[0]])
+        size = max(1, max_rows * _FULL_BATCH_LEN**2 // longest**2)
+        yield from (indices[at : at + size] for at in range(0, len(indices), size))
 
 
 def likeliest(logits_BV: Tensor) -> Tensor:

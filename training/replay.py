@@ -1,13 +1,13 @@
 """The replay store: a bounded, fair memory of what earlier rounds taught.
 
 It is a value; every change gives a new one. Rows leave when their round or topic has more than its
-part of the capacity, when a newer example contradicts them, and when an event or a subject is
-erased. Pairs and judgements are not kept: what an edit taught stays as its example.
+part of the capacity, and when a newer example contradicts them. Pairs and judgements are
+not kept: what an edit taught stays as its example. Erasure is left to flows, which reach all files.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,18 +49,10 @@ class ReplayStore:
         gone = {row.id for row in contradicted(self.rows, examples, Contradiction())}
         return replace(self, rows=tuple(row for row in self.rows if row.id not in gone))
 
-    def delete(
-        self, *, event_ids: Collection[str] = (), subjects: Collection[str] = ()
-    ) -> "ReplayStore":
-        """Without any row that one of the events or subjects had a part in."""
-        events, people = frozenset(event_ids), frozenset(subjects)
-        kept = (
-            row
-            for row in self.rows
-            if events.isdisjoint(row.event_ids)
-            and people.isdisjoint(origin.subject for origin in row.origins)
-        )
-        return replace(self, rows=tuple(kept))
+    def resized(self, capacity: int) -> "ReplayStore":
+        """With another capacity; what no longer fits leaves as if it had never fitted."""
+        rows = _bounded(self.rows, capacity, self.seed)
+        return replace(self, capacity=capacity, rows=rows)
 
     def save(self, path: Path) -> None:
         """JSON Lines, replaced as a whole; the first line holds capacity and seed."""

@@ -41,10 +41,12 @@ from perennial.training.evaluate import (
     SuiteSummary,
     base_top_k,
     evaluate,
+    leave_out_long,
+    longest_row,
     reference_nlls,
 )
 from perennial.training.general import write_general
-from perennial.training.grading import read_suite
+from perennial.training.grading import EvalRow, read_suite
 from perennial.training.job import (
     DraftJob,
     EvalJob,
@@ -148,15 +150,18 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
 
 
 def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
-    """Fill `out` with <adapter>/<suite>.jsonl, one line a row, and summary.json."""
+    """Fill `out` with <adapter>/<suite>.jsonl, one line a row, and summary.json.
+
+    Rows that are too long are left out for all adapters; the summary names them.
+    """
     started = time.monotonic()
     choose_threads(job.num_threads)
     place = choose_place(job.device, job.dtype)
-    suites = {name: read_suite(path) for name, path in job.suites.items()}
     folder = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     tokenizer = modelfiles.load_tokenizer(folder)
     model = modelfiles.load_model(folder, place)
-    limits = Limits(max_new_tokens=job.max_new_tokens)
+    limits = Limits(max_new_tokens=job.max_new_tokens, max_len=longest_row(folder))
+    suites, left_out = _suites(job, tokenizer, limits.max_len, console)
     base = {name: base_top_k(model, tokenizer, suites[name], limits) for name in job.kl_suites}
     table: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, adapter in job.adapters.items():
@@ -171,7 +176,8 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
             console.print(_eval_line(name, suite, summary), highlight=False)
         lora.unmerge(model, kept)
     wall_s = time.monotonic() - started
-    body = {"results": table, "wall_s": wall_s, **asdict(place), **_peaks()}
+    found = {"results": table, "left_out": left_out, "wall_s": wall_s}
+    body = {**found, **asdict(place), **_peaks()}
     artifacts.write_atomic(out / "summary.json", json.dumps(body, indent=1).encode())
 
 
@@ -327,6 +333,24 @@ def _num_rows(sources: Sources) -> dict[str, int]:
         "pairs": len(sources.pairs),
         "judgements": sum(len(group.judged) for group in sources.judgements),
     }
+
+
+def _suites(
+    job: EvalJob,
+    tokenizer: Any,  # Any: transformers
+    max_len: int,
+    console: Console,
+) -> tuple[dict[str, tuple[EvalRow, ...]], list[dict[str, object]]]:
+    """The rows to score by suite, and those that are too long, which the log counts."""
+    suites, left_out = {}, []
+    for name, path in job.suites.items():
+        rows = read_suite(path)
+        suites[name], long = leave_out_long(tokenizer, rows, max_len)
+        left_out += [{"suite": name, "id": row.id, "num_tokens": row.num_tokens} for row in long]
+        if long:
+            told = f"{name} · {len(long)} of {len(rows)} rows left out, over {max_len} tokens"
+            console.print(told, highlight=False)
+    return suites, left_out
 
 
 def _eval_line(name: str, suite: str, summary: SuiteSummary) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from perennial.flows.bench import Request, prepare, run_steps
 from perennial.flows.bench_report import write_report
 from perennial.flows.cli import main
-from perennial.flows.cli_bench import log_result
+from perennial.flows.cli_bench import log_result, run_name
 from perennial.infra.errors import InputError
 from perennial.infra.settings import Settings
 from perennial.training import run
@@ -32,7 +32,7 @@ class InProcess:
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.calls: list[str] = []
-        self.num_taught: list[int] = []
+        self.trained: list[dict[str, Any]] = []
         self._stop_at = stop_at
 
     def __call__(
@@ -49,7 +49,7 @@ class InProcess:
         on_line(f"{command} begins")
         assert run.main([command, str(job), str(out)]) == 0
         if command == "train":
-            self.num_taught.append(json.loads((out / "summary.json").read_bytes())["num_taught"])
+            self.trained.append(json.loads((out / "summary.json").read_bytes()))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -193,7 +193,17 @@ def test_replayed_rows_have_the_teachers_of_their_round(inputs: Path, tmp_path: 
     bench(inputs, tmp_path, execute, arms=("full", "no-kd"))
 
     # Three of the four rows of the first round are not overridden by the second.
-    assert execute.num_taught == [0, 3, 0, 0]
+    assert [found["num_taught"] for found in execute.trained] == [0, 3, 0, 0]
+
+
+def test_every_start_goes_on_from_what_the_round_before_left(inputs: Path, tmp_path: Path) -> None:
+    execute = InProcess()
+    bench(inputs, tmp_path, execute, arms=("slow-fast", "blend"))
+
+    starts = [found["start"]["start"] for found in execute.trained]
+    assert starts == ["base", "slow-fast", "base", "blend"]
+    assert [found["num_taught"] for found in execute.trained] == [0, 3, 0, 3]
+    assert execute.trained[3]["dev_loss_by_alpha"]
 
 
 def test_both_orders_and_seeds_are_runs_of_an_arm(inputs: Path, tmp_path: Path) -> None:
@@ -221,6 +231,26 @@ def test_rows_that_do_not_fit_are_counted_and_left_out(inputs: Path, tmp_path: P
     write_rows(tmp_path / "s" / "01-a.test.jsonl", [{"instruction": "x", "outputs": ["a"]}])
     with pytest.raises(InputError, match="no row has at most 512 tokens"):
         prepare(settings(inputs), request(inputs, tmp_path, stream=tmp_path / "s"))
+
+
+def test_what_changes_the_figures_makes_another_run_in_mlflow(inputs: Path, tmp_path: Path) -> None:
+    def name(overrides: dict[str, Any] | None = None, **fields: Any) -> str:
+        given = settings(inputs)
+        given.training.overrides.update(overrides or {})
+        return run_name(prepare(given, request(inputs, **{"out": tmp_path, **fields})))
+
+    write_rows(tmp_path / "general.jsonl", [{"prompt": "say so", "answer": "so"}])
+    others = [
+        name({"lr": 1e-3}),
+        name(orders=("given", "reversed")),
+        name(seeds=(1,)),
+        name(arms=("full",)),
+        name(rows=2),
+        name(general_replay=tmp_path / "general.jsonl"),
+        name(graders={"01-boxes": "contains"}),
+    ]
+    assert len({name(), *others}) == 1 + len(others)
+    assert name() == name(out=tmp_path / "elsewhere")
 
 
 @pytest.mark.slow

@@ -19,8 +19,14 @@ from perennial.feedback.records import (
 )
 from perennial.flows.curate import curate, data_folder
 from perennial.infra.settings import load_settings
-from perennial.training.examples import read_examples, read_judgements, read_pairs
-from perennial.training.replay import load_replay
+from perennial.training.examples import (
+    Example,
+    read_examples,
+    read_judgements,
+    read_pairs,
+    write_examples,
+)
+from perennial.training.replay import ReplayStore, load_replay
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 NAMES = ("kettle", "lamp", "mower", "oven", "pump", "radio", "scale", "toaster", "vase", "watch")
@@ -173,3 +179,55 @@ def test_a_blend_is_chosen_on_new_and_past_rows_that_are_not_trained_on(tmp_path
     kept = {row.id for row in load_replay(folder / "next_replay.jsonl").rows}
     assert {row.id for row in dev if row.kind != "replay"} <= kept
     assert read_examples(data_folder(later, "rnd_1") / "dev.jsonl") == ()
+
+
+def remembered(number: int) -> Example:
+    """A row of the first round that resembles no other."""
+    word = "".join(chr(97 + int(digit)) for digit in f"{number:03}") * 3
+    return Example(
+        id=f"old-{number}",
+        messages=(("user", f"{word}?"),),
+        completion=f"{word[::-1]}.",
+        kind="correction",
+    )
+
+
+def second_round(home: Path, num_past: int, capacity: int, **environment: str) -> Path:
+    """The rows of a round that follows one which remembers `num_past` rows."""
+    fresh = judged(300, "May I return a gift?", "?", Correction(text="Yes, with its receipt."))
+    some = deps(home, [fresh], **environment)
+    past = data_folder(some, "rnd_1")
+    write_examples(past / "next_judged.jsonl", ())
+    store = ReplayStore(capacity=capacity, seed=0)
+    store.add([remembered(n) for n in range(num_past)], "rnd_1").save(past / "next_replay.jsonl")
+    champion: Any = SimpleNamespace(round_id="rnd_1")
+    curate(some, a_round(2), champion, home / "general.jsonl", data_folder(some, "rnd_2"))
+    return data_folder(some, "rnd_2")
+
+
+def test_retention_is_judged_on_old_and_young_rows_alike(tmp_path: Path) -> None:
+    folder = second_round(tmp_path, num_past=60, capacity=100)
+
+    lines = (folder / "suites" / "retained.jsonl").read_text().splitlines()
+    asked = [int(json.loads(line)["id"].rpartition("-")[2]) for line in lines]
+    assert len(asked) == 45
+    assert [sum(n // 15 == part for n in asked) for part in range(4)] == [12, 11, 11, 11]
+
+
+def test_replay_shrinks_to_the_setting_of_now_and_the_diff_says_so(tmp_path: Path) -> None:
+    small = {"PERENNIAL_TRAINING__REPLAY_ROWS": "8"}
+    folder = second_round(tmp_path, num_past=20, capacity=100, **small)
+
+    replayed = read_examples(folder / "replay.jsonl")
+    smaller = ReplayStore(capacity=8, seed=0).add([remembered(n) for n in range(20)], "rnd_1")
+    assert replayed == smaller.rows
+    kept = load_replay(folder / "next_replay.jsonl")
+    assert (kept.capacity, len(kept.rows)) == (8, 8)
+    assert "| evicted, no room | 13 |" in (folder / "diff.md").read_text()
+
+
+def test_replay_grows_with_the_setting_of_now(tmp_path: Path) -> None:
+    folder = second_round(tmp_path, num_past=8, capacity=8)
+
+    kept = load_replay(folder / "next_replay.jsonl")
+    assert (kept.capacity, len(kept.rows)) == (2000, 9)

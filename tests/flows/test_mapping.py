@@ -41,7 +41,7 @@ def _interaction(name: str = "int_1", **tags: str) -> Interaction:
     )
 
 
-def _judged(signal: Signal, interaction: Interaction) -> Judged:
+def _judged(signal: Signal, interaction: Interaction, *, may_train: bool = True) -> Judged:
     feedback = Feedback(
         id=f"fb_{type(signal).__name__}",
         tenant="default",
@@ -51,6 +51,7 @@ def _judged(signal: Signal, interaction: Interaction) -> Judged:
         received_at=AT,
         status="joined",
         interaction_id=interaction.id,
+        may_train=may_train,
     )
     return Judged(feedback=feedback, interaction=interaction)
 
@@ -112,6 +113,15 @@ def test_comments_and_labels_never_train() -> None:
 
     assert (compiled.examples, compiled.pairs, compiled.judgements) == ((), (), ())
     assert compiled.num_dropped == {Drop.UNSUPPORTED_KIND: 2}
+
+
+@pytest.mark.parametrize("signal", [Correction(text="two"), Binary(value=True)])
+def test_what_may_not_be_trained_on_is_dropped(signal: Signal) -> None:
+    (row,) = to_feedback_rows([_judged(signal, _interaction(), may_train=False)])
+
+    assert not row.may_train
+    compiled = compile_feedback([row], CompileLimits())
+    assert compiled.num_dropped == {Drop.NO_CONSENT: 1}
 
 
 def test_an_edit_of_an_answer_given_inline_makes_a_pair() -> None:

@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, ...]:
 
 def recipe(**overrides: object) -> Recipe:
     general = Example(id="g", messages=(("user", "hi"),), completion="hello", kind="general")
-    return Recipe(overrides=overrides, general=(general,), salt="s")
+    return Recipe(overrides=overrides, general=(general,), salt="s", dev_share=0.15)
 
 
 def keys(steps: tuple[Step, ...]) -> list[str]:
@@ -199,6 +199,29 @@ def test_every_arm_has_a_plan_for_every_task(name: str, rounds: Course) -> None:
     assert {task for step in steps for task in step.examined} == {t.name for t in rounds.tasks}
     assert all((step.config is None) == (name == "base") for step in steps)
     assert all(step.parent is None for step in steps if step.config and step.config.start == "base")
+
+
+@pytest.mark.parametrize("start", ["parent", "slow-fast", "blend"])
+def test_each_round_goes_on_from_the_one_before(start: str, rounds: Course) -> None:
+    """Whether an arm or the settings ask for the start."""
+    steps = plan("full", rounds, 0, recipe(start=start))
+
+    assert [step.parent and step.parent.key for step in steps] == [None, *keys(steps)[:-1]]
+    if start != "parent":
+        assert keys(steps) == keys(plan(start, rounds, 0, recipe()))
+
+
+def test_a_blend_has_rows_to_choose_by_that_nothing_is_trained_on(rounds: Course) -> None:
+    full, blended = (plan(name, rounds, 0, recipe()) for name in ("full", "blend"))
+
+    assert blended[0].dev == ()
+    for whole, step in zip(full[1:], blended[1:], strict=True):
+        assert {row.id for row in step.dev} & {row.id for row in whole.new}
+        assert {row.id for row in step.dev} & {row.id for row in whole.replay}
+        parts = (*step.new, *step.replay, *step.dev)
+        assert sorted(row.id for row in parts) == sorted(
+            row.id for row in (*whole.new, *whole.replay)
+        )
 
 
 def test_an_unknown_arm_is_refused_with_the_known_ones(rounds: Course) -> None:

@@ -1,0 +1,168 @@
+"""What is stored of a candidate and shown to who decides, over real stores and a real MLflow."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from perennial.flows import evidence
+from perennial.flows.curate import data_folder, suite_row, write_suite
+from perennial.flows.release import ask_approval
+from perennial.flows.retrain import name_version
+from perennial.flows.wiring import Deps, make_deps
+from perennial.infra.artifacts import publish
+from perennial.infra.clock import utc_now
+from perennial.infra.db import Database, create_all
+from perennial.infra.settings import Settings, load_settings
+from perennial.registry.gate import Reject
+from perennial.registry.rounds import Round
+from perennial.registry.versions import ModelVersion
+from perennial.training import run
+from perennial.training.examples import Example, write_examples
+from tests.registry.builders import MlflowServer, write_adapter
+from tests.training.builders import example, save_tiny
+
+name_it: Any = name_version.fn  # type: ignore[attr-defined]  # without Prefect around it
+ask: Any = ask_approval.fn  # type: ignore[attr-defined]  # as above
+ROWS = ("train", "replay", "dev", "general", "pairs", "judgements")
+
+
+@pytest.fixture
+def deps(tmp_path: Path) -> Iterator[Deps]:
+    (tmp_path / "perennial.toml").touch()
+    model = tmp_path / "model"
+    model.mkdir()
+    settings = load_settings(
+        {
+            "PERENNIAL_HOME": str(tmp_path),
+            "PERENNIAL_MODEL__NAME": str(model),
+            "PERENNIAL_APPROVAL__MODE": "auto",
+        },
+        tmp_path / "perennial.toml",
+    )
+    database = Database(f"sqlite:///{tmp_path}/p.db")
+    create_all(database)
+    yield make_deps(settings, database, utc_now)
+    database.dispose()
+
+
+def begun(deps: Deps, number: int, champion: str | None, rows: Sequence[Example]) -> Round:
+    """A round whose adapter is trained, on `rows`."""
+    round_ = deps.ledger.open_round("support", "drift", str(number))
+    lease = deps.ledger.claim(round_.id, "test", ttl_s=60)
+    deps.ledger.finish_step(lease, "begin", "0", {"champion": champion})
+    deps.ledger.release(lease)
+    data = data_folder(deps, round_.id)
+    for name in ROWS:
+        write_examples(data / f"{name}.jsonl", rows if name == "train" else ())
+    return round_
+
+
+def candidate(deps: Deps, round_: Round, start: str, champion: ModelVersion | None) -> ModelVersion:
+    """The version of the round, whose training says that it began from `start`."""
+    folder = data_folder(deps, round_.id).parent / "train" / "adapter"
+    manifest = publish(folder, lambda inner: write_adapter(inner, round_.number))
+    trained = {"adapter_digest": manifest.digest, "start": {"start": start, "reason": None}}
+    found: ModelVersion = name_it(deps, round_, {"digest": "d" * 64}, trained, champion)
+    return found
+
+
+@pytest.mark.parametrize(("start", "is_clean"), [("base", True), ("parent", False)])
+def test_only_a_rebuilt_version_has_not_learned_from_what_was_erased(
+    deps: Deps, start: str, is_clean: bool
+) -> None:
+    champion = candidate(deps, begun(deps, 1, None, [example(1)]), "base", None)
+    later = begun(deps, 2, champion.name, [example(2)])
+
+    version = candidate(deps, later, start, champion)
+
+    tainted = deps.versions.versions_trained_on(event_id="fb_1")
+    assert tainted == ((champion.name,) if is_clean else (champion.name, version.name))
+    members = {member.event_id for member in deps.versions.members(version.name)}
+    assert members == ({"fb_2"} if is_clean else {"fb_1", "fb_2"})
+    assert version.parent == (None if is_clean else champion.name)
+
+
+def evaluated(deps: Deps, round_: Round, names: dict[str, str]) -> None:
+    """The base model in the place of each model; what was asked for retention is too long."""
+    folder = data_folder(deps, round_.id)
+    long = replace(example(9), messages=(("user", "x" * 600),))
+    suites = {"target": [example(n) for n in range(12)], "retained": [long]}
+    for name, rows in suites.items():
+        write_suite(folder / "suites" / f"{name}.jsonl", [suite_row(row) for row in rows])
+    job = {
+        "base_model": str(save_tiny(folder / "tiny")),
+        "adapters": dict.fromkeys(names),
+        "suites": {name: f"suites/{name}.jsonl" for name in suites},
+        "num_threads": 1,
+        "device": "cpu",
+    }
+    (folder / "eval.json").write_text(json.dumps(job))
+    assert run.main(["evaluate", str(folder / "eval.json"), str(folder / "scores")]) == 0
+    rows = evidence.read_rows(folder / "scores", folder / "suites", round_.id, names)
+    deps.evaluations.add(rows)
+
+
+def test_a_suite_of_which_no_row_could_be_scored_keeps_the_candidate_out(deps: Deps) -> None:
+    round_ = begun(deps, 1, None, [example(1)])
+    version = candidate(deps, round_, "base", None)
+    evaluated(deps, round_, {"champion": "base", "candidate": version.name})
+
+    found = evidence.verdict(deps, round_, version, scored_against=None)
+
+    assert isinstance(found, Reject)
+    unmet = [reason.sentence for reason in found.reasons if not reason.is_met]
+    assert "retained: 0 rows are insufficient, 6 are needed." in unmet
+
+
+@pytest.mark.slow
+def test_a_reviewer_sees_what_was_too_long_and_what_it_was_compared_with(
+    deps: Deps, tmp_path: Path
+) -> None:
+    champion = candidate(deps, begun(deps, 1, None, [example(1)]), "base", None)
+    round_ = begun(deps, 2, champion.name, [example(2), example(3)])
+    version = candidate(deps, round_, "base", champion)
+    evaluated(deps, round_, {"champion": champion.name, "candidate": version.name})
+    lease = deps.ledger.claim(round_.id, "test", ttl_s=60)
+    deps.ledger.finish_step(lease, "evaluate", "0", {"left_out": {"retained": 1}})
+    folder = data_folder(deps, round_.id).parent
+    (folder / "data" / "diff.md").write_text("# Training rows of round 2\n")
+    long = [{"id": "correction-3", "num_tokens": 700}]
+    trained = {"config": {"rank": 4}, "num_rows": {"new": 1}, "left_out": long}
+    (folder / "train" / "summary.json").write_text(json.dumps(trained))
+    (folder / "train" / "progress.jsonl").write_text("")
+    server = MlflowServer(tmp_path / "mlflow")
+    server.folder.mkdir()
+    server.start()
+    try:
+        given = deps.settings.model_dump() | {"mlflow": {"uri": server.uri}}
+        logged = replace(deps, settings=Settings.model_validate(given))
+        shown = evidence.publish(logged, round_, version, folder)
+        files = {"run_id": shown["run"].rpartition("/")[2]}
+        card, diff = (
+            httpx.get(f"{server.uri}/get-artifact", params={**files, "path": path}).text
+            for path in ("model_card.md", "training_rows/diff.md")
+        )
+    finally:
+        server.kill()
+
+    assert f"Compared with `{champion.name}`" in card
+    assert "| Trained from | base |" in card
+    assert "Rows too long to be scored, left out for both: retained 1." in card
+    assert "Rows too long to be trained on: 1;" in card
+    assert diff.startswith("# Training rows of round 2")
+    assert "## Left out of training, too long\n\n- 700 tokens: what is item 21?" in diff
+
+
+def test_a_rebuilt_version_replaces_the_champion_that_it_was_compared_with(deps: Deps) -> None:
+    champion = candidate(deps, begun(deps, 1, None, [example(1)]), "base", None)
+    later = begun(deps, 2, champion.name, [example(2)])
+    version = candidate(deps, later, "base", champion)
+
+    answer = ask(deps, later, version, {"verdict": "promote"}, deps.settings.approval)
+
+    assert answer.expected == champion.name
