@@ -8,8 +8,8 @@ first five arms see only what their name says, recipe `sft`, whole questions: `s
 rank and, for pairs, our weight of the right answer's cross-entropy, since their own settings learn
 nothing in so few steps. The last two are rounds as shipped, with general rows: right codes alone,
 and with the pairs, as an edit compiles. Wall time is from loading the model to the saved adapter.
-`preferred` is the share of questions whose right code is likelier than the wrong one. Prints medians
-and, as the last line, `RESULT {json}`.
+`preferred` is the share of questions whose right code is likelier than the wrong one. Prints
+medians and, as the last line, `RESULT {json}`.
 """
 
 import argparse
