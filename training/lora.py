@@ -115,8 +115,8 @@ def check_scale(model: Any, folder: Path) -> None:  # Any: peft
     there, here = scale_of(fields), scale_of(own.to_dict())
     if not math.isclose(there, here) or fields["use_dora"] != own.use_dora:
         raise TrainingError(
-            f"the parent adapter in {folder} does not fit this config (ΔW = {there:g}·B·A there, "
-            f"{here:g}·B·A here); use start = 'base' or the parent's rank, alpha, scaling and method"
+            f"the parent adapter in {folder} does not fit this config (ΔW is {there:g}·B·A there, "
+            f"{here:g}·B·A here); use start = 'base' or its rank, alpha, scaling and method"
         )
 
 

@@ -113,6 +113,7 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
         console.print(f"already trained: {adapter}", highlight=False)
         return
     started = time.monotonic()
+    base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     checkpoints = out / "checkpoints"
     num_threads = choose_threads_once(checkpoints / "num_threads", job.num_threads)
     place = choose_place(job.device, job.dtype)
@@ -122,7 +123,6 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
     parent = rounds.read_lineage(job.parent_adapter) if job.parent_adapter else None
     beginning = rounds.begin(job.config, parent)
-    base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     is_rebuild = parent is not None and beginning.start == "base"
     rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
     model = lora.attach(modelfiles.load_model(base, place), job.config)
