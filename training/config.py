@@ -37,7 +37,7 @@ class TrainConfig:
     top_layers: int = 20  # LoRA on the last so many layers; those below are frozen and cached
     start: Start = "parent"  # what becomes of a parent adapter: see `rounds`
     rebuild_every: int = 0  # rounds on one adapter until it is rebuilt on the buffer; 0: never
-    lr: float = 1e-3
+    lr: float = 2e-3
     b_lr_ratio: float = 1.0  # LoRA+: the learning rate of B over that of A
     warmup_share: float = 0.1
     final_lr_share: float = 0.1
