@@ -1,7 +1,8 @@
 """The training loop without speed: read it to know what `trainer` computes.
 
 Each row runs alone through the whole model, nothing is packed, shared or cached. A test holds both
-to equal losses. It knows no question dropout, no preferences and no checkpoint.
+to equal losses. It knows no preferences and no checkpoint, and question dropout as it is where
+every layer is trained: it keeps nothing of frozen ones.
 """
 
 import math
@@ -14,10 +15,13 @@ from torch.nn import functional
 from perennial.training.config import TrainConfig
 from perennial.training.loss import TopK
 from perennial.training.mix import steps
+from perennial.training.objective import left_out
 from perennial.training.prepared import GENERAL, REPLAY, Sources
 from perennial.training.recipes import RECIPES
 from perennial.training.tokens import TokenRow
 from perennial.training.trainer import learning_rate, mix_of
+
+Gone = frozenset[int]
 
 
 def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[float]:  # Any: peft
@@ -40,9 +44,10 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
                 continue
             blend = RECIPES[config.recipe].replay_blend or 0.0
             teacher = sources.teachers.get(row.id) if pick.source == REPLAY else None
-            of_row = completion_losses(model, row)
+            gone = left_out(row, pick, config, planned.step)
+            of_row = completion_losses(model, row, gone)
             if blend and teacher is not None:
-                of_row = (1 - blend) * of_row + blend * kl(model, row, teacher)
+                of_row = (1 - blend) * of_row + blend * kl(model, row, teacher, gone)
             labelled.append(of_row)
             seen[-1].append(of_row.mean().item())
         loss = torch.zeros(())
@@ -59,10 +64,10 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
     return losses
 
 
-def completion_losses(model: Any, row: TokenRow) -> Tensor:  # Any: peft
+def completion_losses(model: Any, row: TokenRow, gone: Gone = frozenset()) -> Tensor:  # Any: peft
     """Negative log-likelihood of each completion token."""
     return functional.cross_entropy(
-        completion_logits(model, row),
+        completion_logits(model, row, gone),
         torch.from_numpy(row.ids_T[row.num_prompt :]),
         reduction="none",
     )
@@ -76,16 +81,20 @@ def kl_to_base(model: Any, row: TokenRow, k: int) -> Tensor:  # Any: peft
     return kl(model, row, TopK(tokens_TK=tokens, log_probs_TK=log_probs))
 
 
-def kl(model: Any, row: TokenRow, teacher: TopK) -> Tensor:  # Any: peft
+def kl(model: Any, row: TokenRow, teacher: TopK, gone: Gone = frozenset()) -> Tensor:  # Any: peft
     """KL of the teacher's top tokens and one bucket for the rest, at each completion token."""
-    ours = torch.log_softmax(completion_logits(model, row), dim=-1)
+    ours = torch.log_softmax(completion_logits(model, row, gone), dim=-1)
     p, q = teacher.log_probs_TK, ours.gather(-1, teacher.tokens_TK)
     p_rest = (1 - p.exp().sum(-1)).clamp_min(1e-6)
     q_rest = (1 - q.exp().sum(-1)).clamp_min(1e-6)
     return (p.exp() * (p - q)).sum(-1) + p_rest * (p_rest / q_rest).log()
 
 
-def completion_logits(model: Any, row: TokenRow) -> Tensor:  # Any: peft
-    """Logits at the positions that predict the completion."""
-    logits: Tensor = model(input_ids=torch.from_numpy(row.ids_T)[None]).logits[0]
-    return logits[row.num_prompt - 1 : -1]
+def completion_logits(model: Any, row: TokenRow, gone: Gone = frozenset()) -> Tensor:  # Any: peft
+    """Logits at the positions that predict the completion, of a row without its tokens `gone`."""
+    kept = [at for at in range(row.num_tokens) if at not in gone]
+    ids_1T, at_1T = torch.from_numpy(row.ids_T[kept])[None], torch.tensor(kept)[None]
+    # With a mask: transformers takes a gap between positions for the start of another row.
+    out = model(input_ids=ids_1T, position_ids=at_1T, attention_mask=torch.ones_like(ids_1T))
+    logits: Tensor = out.logits[0]
+    return logits[row.num_prompt - row.num_tokens - 1 : -1]

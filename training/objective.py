@@ -124,7 +124,6 @@ def _row_settings(
 ) -> tuple[list[str], list[frozenset[int]]]:
     """Of each row: which tokens are labels, and which positions of its question to leave out.
 
-    A question that is never asked twice in the same words is learned by what its wordings share.
     General rows and preferences stay whole for what they are compared with.
     """
     kinds: list[str] = []
@@ -135,10 +134,18 @@ def _row_settings(
         if is_general or not isinstance(unit, TokenRow):
             dropped += [frozenset[int]()] * len(rows_of(unit))
             continue
-        chances = np.random.default_rng((config.seed, step, pick.source, pick.index))
-        is_gone = chances.random(len(unit.question)) < config.question_dropout
-        dropped.append(frozenset(np.array(unit.question)[is_gone].tolist()))
+        dropped.append(left_out(unit, pick, config, step))
     return kinds, dropped
+
+
+def left_out(row: TokenRow, pick: Pick, config: TrainConfig, step: int) -> frozenset[int]:
+    """The positions of a row's question to leave out of one step.
+
+    A question that is never asked twice in the same words is learned by what its wordings share.
+    """
+    chances = np.random.default_rng((config.seed, step, pick.source, pick.index))
+    is_gone = chances.random(len(row.question)) < config.question_dropout
+    return frozenset(np.array(row.question)[is_gone].tolist())
 
 
 def _source(unit: Unit, source: int) -> int:

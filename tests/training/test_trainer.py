@@ -86,9 +86,11 @@ def test_the_plain_twin_has_the_same_losses(tmp_path: Path, top_layers: int) -> 
     assert [step.loss for step in steps] == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_plain_twin_knows_every_recipe(tmp_path: Path, recipe: Any) -> None:
-    config = with_fields(recipe=recipe, epochs=2, general_blend=0.5)
+def test_the_plain_twin_knows_every_recipe(tmp_path: Path, recipe: Any, dropout: float) -> None:
+    layers = {"top_layers": tiny_model().config.num_hidden_layers, "question_dropout": dropout}
+    config = with_fields(recipe=recipe, epochs=2, general_blend=0.5, **layers)
     rows = sources()
     split = SplitModel(tiny_model(7), 0)
     taught = teach(split, rows.replay, None, "completion", config)
