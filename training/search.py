@@ -79,14 +79,15 @@ def candidates(
 def fits(setting: Setting, trials: Sequence[Trial], budget_s: float) -> bool:
     """Whether the setting, at the mean time of an epoch so far, ends within the budget.
 
-    An interrupted trial counts as that mean too. Before the first trial everything fits.
+    A failed trial has spent its time and says nothing of an epoch's: it may have stopped early. One
+    that was interrupted counts as that mean. Before the first trial everything fits.
     """
-    known = [trial for trial in trials if trial.wall_s is not None]
-    if not known:
-        return True
-    epoch_s = sum(trial.wall_s or 0 for trial in known) / sum(t.setting.epochs for t in known)
-    num_epochs = setting.epochs + sum(trial.setting.epochs for trial in trials)
-    return epoch_s * num_epochs <= budget_s
+    timed = [(t.wall_s, t.setting.epochs) for t in trials if t.figures and t.wall_s is not None]
+    epoch_s = sum(wall_s for wall_s, _ in timed) / max(1, sum(num for _, num in timed))
+    spent_s = sum(
+        epoch_s * trial.setting.epochs if trial.wall_s is None else trial.wall_s for trial in trials
+    )
+    return spent_s + epoch_s * setting.epochs <= budget_s
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> tuple[bool, ...]:

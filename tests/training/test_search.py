@@ -35,8 +35,8 @@ def trial(
     )
 
 
-def failed() -> Trial:
-    return Trial(setting=NOW, num_tokens=5, wall_s=20.0, figures=None, failure="it diverged")
+def failed(wall_s: float = 20.0) -> Trial:
+    return Trial(setting=NOW, num_tokens=5, wall_s=wall_s, figures=None, failure="it diverged")
 
 
 def test_the_current_setting_is_first_and_then_the_nearest_and_cheapest() -> None:
@@ -75,8 +75,16 @@ def test_an_interrupted_trial_counts_with_the_mean_of_the_others() -> None:
     assert not fits(NOW, tried, 239)
 
 
-def test_a_failed_trial_has_spent_its_part_of_the_budget() -> None:
-    assert not fits(NOW, [trial(wall_s=80.0), failed()], 140)
+def test_a_failed_trial_has_spent_its_time_but_not_all_its_epochs() -> None:
+    tried = [trial(wall_s=600.0), failed(wall_s=15.0)]  # 75 s an epoch
+
+    assert fits(NOW, tried, 1215)
+    assert not fits(NOW, tried, 1214)
+
+
+def test_after_failures_alone_a_setting_fits_while_time_is_left() -> None:
+    assert fits(NOW, [failed(wall_s=15.0)], 15)
+    assert not fits(NOW, [failed(wall_s=15.0)], 14)
 
 
 def test_before_the_first_trial_everything_fits() -> None:
