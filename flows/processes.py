@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from perennial.infra.errors import (
     ConfigError,
+    DivergedError,
     ModelMissingError,
+    OutOfMemoryError,
     PerennialError,
     TrainingError,
     UnavailableError,
@@ -29,7 +31,9 @@ _STOP_S = 20.0
 _ERRORS: Mapping[int, type[PerennialError]] = {
     2: ConfigError,
     3: ModelMissingError,
+    4: DivergedError,
     6: UnavailableError,
+    7: OutOfMemoryError,
 }
 
 
@@ -55,7 +59,8 @@ def run_training_process(
     """Return when `out` is filled; each line that the child prints goes to `on_line`.
 
     Raises:
-        ConfigError, ModelMissingError, TrainingError: as the child said, with its last lines.
+        ConfigError, ModelMissingError, DivergedError, OutOfMemoryError, TrainingError: as the child
+            said, with its last lines.
         UnavailableError: the disk is full; the next run goes on from the last checkpoint.
     """
     out.mkdir(parents=True, exist_ok=True)

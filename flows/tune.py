@@ -24,7 +24,13 @@ from perennial.flows.retrain import training_job
 from perennial.flows.steps import Json, digest
 from perennial.flows.wiring import Deps
 from perennial.infra.artifacts import publish, sha256_file, verify, write_atomic
-from perennial.infra.errors import ConfigError, InputError, NotFoundError, TrainingError
+from perennial.infra.errors import (
+    ConfigError,
+    DivergedError,
+    InputError,
+    NotFoundError,
+    OutOfMemoryError,
+)
 from perennial.registry.rounds import Round
 from perennial.training import config as configs
 from perennial.training.examples import (
@@ -52,7 +58,6 @@ from perennial.training.search import (
 _DEV, _GENERAL, _MODEL = "dev", "general", "model"
 _MODEL_FIELDS = ("base_model", "cache_dir", "num_threads", "device", "dtype")
 _DEV_SHARE, _PROBE_SHARE, _MAX_PROBE, _MIN_ROWS = 0.2, 0.25, 64, 3
-_DIVERGED = 4  # or did not fit in memory: the exit status of a training
 _TRIAL = "trial.json"
 
 
@@ -157,13 +162,21 @@ class _Worker:
     clock: Callable[[], float]
 
     def trial(self, plan: Plan) -> Trial:
-        """What a setting gave, against the parent on the same rows."""
+        """What a setting gave, against the parent on the same rows.
+
+        That it diverged is kept; that memory was refused is not: the next run tries it again.
+        """
         base, live = self.search.job["base_model"], self.search.parent
         parent = self.search.out / "trials" / f"parent-{_key(self.search.out, [base, live])}"
         publish(parent, self._examine_parent)
-        publish(plan.folder, partial(self._try, plan))
+        started = self.clock()
+        try:
+            publish(plan.folder, partial(self._try, plan))
+        except OutOfMemoryError as error:
+            found = _body(plan, self.clock() - started, None, error.message)
+        else:
+            found = json.loads((plan.folder / _TRIAL).read_bytes())
         shutil.rmtree(plan.work)
-        found = json.loads((plan.folder / _TRIAL).read_bytes())
         before, after = json.loads((parent / _TRIAL).read_bytes()), found.pop("scores")
         figures = None
         if after is not None:
@@ -185,19 +198,10 @@ class _Worker:
         try:
             self.execute("train", plan.work / "train.json", trained, on_line=self.on_line)
             scores = self._scores(str(trained / "adapter"), plan.work)
-        except TrainingError as error:
-            if error.fields.get("status") != _DIVERGED:
-                raise
+        except DivergedError as error:
             failure = error.message
-        progress = trained / "progress.jsonl"
-        steps = read_progress(progress) if progress.exists() else []
-        body = {
-            "num_tokens": sum(step.num_tokens for step in steps),
-            "wall_s": self.clock() - started if is_whole else None,
-            "scores": scores,
-            "failure": failure,
-        }
-        (folder / _TRIAL).write_text(json.dumps(body))
+        wall_s = self.clock() - started if is_whole else None
+        (folder / _TRIAL).write_text(json.dumps(_body(plan, wall_s, scores, failure)))
 
     def _scores(self, adapter: str | None, work: Path) -> Json:
         job = {name: self.search.job[name] for name in _MODEL_FIELDS}
@@ -282,6 +286,18 @@ def _plan(job: Json, setting: Setting, out: Path) -> Plan:
     _write_json(path, job | {"config": config.to_json()})
     key = _key(out, read_train_job(path).digest)
     return Plan(setting=setting, work=path.parent, folder=out / "trials" / key)
+
+
+def _body(plan: Plan, wall_s: float | None, scores: Json | None, failure: str) -> Json:
+    """What is known of a setting that was trained, whole or not."""
+    progress = plan.work / "train/progress.jsonl"
+    steps = read_progress(progress) if progress.exists() else []
+    return {
+        "num_tokens": sum(step.num_tokens for step in steps),
+        "wall_s": wall_s,
+        "scores": scores,
+        "failure": failure,
+    }
 
 
 def _suites(out: Path) -> Mapping[str, Path]:

@@ -13,7 +13,9 @@
     ├── ConflictError (RuntimeError)       a compare-and-set lost, or a key was reused
     ├── LeaseLostError (RuntimeError)      another worker owns the round now
     ├── StepError (RuntimeError)           a step of a round failed
-    ├── TrainingError (RuntimeError)       a training run diverged or its process failed
+    ├── TrainingError (RuntimeError)       a training run or its process failed
+    │   ├── DivergedError                  its loss or its KL went out of bounds
+    │   └── OutOfMemoryError               the machine had no memory for one row alone
     ├── RateLimitedError (RuntimeError)    one caller sends too much: try again later
     └── UnavailableError (ConnectionError) a store or server cannot be reached: try again
         └── OverloadedError                too much waits already; nothing was taken
@@ -114,9 +116,21 @@ class StepError(PerennialError, RuntimeError):
 
 
 class TrainingError(PerennialError, RuntimeError):
-    """A training run diverged or its process failed."""
+    """A training run or its process failed."""
 
     code = "training_failed"
+
+
+class DivergedError(TrainingError):
+    """The loss is not finite or climbs, or the KL budget is spent: other settings are needed."""
+
+    code = "diverged"
+
+
+class OutOfMemoryError(TrainingError):
+    """Memory is refused for one row alone; it depends on what else the machine does."""
+
+    code = "out_of_memory"
 
 
 class UnavailableError(PerennialError, ConnectionError):

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from perennial.infra.artifacts import write_atomic
-from perennial.infra.errors import ConfigError, TrainingError
+from perennial.infra.errors import ConfigError, OutOfMemoryError
 from perennial.training.job import Device, DType
 
 _LOG = logging.getLogger(__name__)
@@ -148,13 +148,13 @@ def in_halves(run: Callable[[Sequence[_Row]], list[_Found]], rows: Sequence[_Row
 
 @contextmanager
 def telling_out_of_memory() -> Iterator[None]:
-    """Raise TrainingError, which says what to do, where memory is refused."""
+    """Raise OutOfMemoryError, which says what to do, where memory is refused."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingError(
+        raise OutOfMemoryError(
             "out of memory outside a step; lower max_len or the number of rows, use a smaller "
             "base_model, or free memory"
         ) from error

@@ -2,8 +2,8 @@
 
 It has memory and a crash of its own, so serving never shares either. Running it twice is safe: a
 finished output is found, a killed one goes on from its checkpoint. Exit codes: 0 done, 2 bad job or
-rows, 3 model or adapter missing, 4 training diverged or does not fit in memory, 5 damaged files, 6
-the disk is full or cannot be written, 1 anything else.
+rows, 3 model or adapter missing, 4 training diverged, 5 damaged files, 6 the disk is full or cannot
+be written, 7 one row alone does not fit in memory, 1 anything else.
 """
 
 import argparse
@@ -24,11 +24,12 @@ from torch.utils import deterministic
 
 from perennial.infra import artifacts
 from perennial.infra.errors import (
+    DivergedError,
     InputError,
     IntegrityError,
     ModelMissingError,
+    OutOfMemoryError,
     PerennialError,
-    TrainingError,
     UnavailableError,
 )
 from perennial.infra.settings import fix_cublas_workspace
@@ -77,9 +78,10 @@ _DISK = 6
 _EXIT_CODES: tuple[tuple[type[PerennialError], int], ...] = (
     (InputError, 2),
     (ModelMissingError, 3),
-    (TrainingError, 4),
+    (DivergedError, 4),
     (IntegrityError, 5),
     (UnavailableError, _DISK),
+    (OutOfMemoryError, 7),
 )
 
 

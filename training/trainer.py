@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perennial.infra.errors import InputError, TrainingError
+from perennial.infra.errors import DivergedError, InputError, OutOfMemoryError
 from perennial.training import checkpoint, lora, objective
 from perennial.training.checkpoint import Cursor, Found
 from perennial.training.config import TrainConfig
@@ -63,7 +63,8 @@ def train(
 
     Raises:
         InputError: there is a KL budget, and no general row to measure the KL on.
-        TrainingError: the loss is not finite or diverges, or one row alone does not fit in memory.
+        DivergedError: the loss is not finite or climbs, or the KL budget is spent at once.
+        OutOfMemoryError: one row alone does not fit in memory.
         UnavailableError: a checkpoint cannot be written; the ones before it are whole.
     """
     mix = mix_of(sources, config)
@@ -169,7 +170,7 @@ def gradients(
     Gradients of parts add up to the whole batch's, so a halved batch learns the same.
 
     Raises:
-        TrainingError: a part of one row, pair or group of judged answers does not fit.
+        OutOfMemoryError: a part of one row, pair or group of judged answers does not fit.
     """
     step, batch = planned.step, planned.batch
     over = objective.sums(prepared, batch, config)
@@ -186,7 +187,7 @@ def gradients(
             if not is_out_of_memory(error):
                 raise
         if num_parts >= len(batch):
-            raise TrainingError(
+            raise OutOfMemoryError(
                 f"out of memory at step {step} with one row at a time, "
                 f"batch of {len(batch)}; lower max_len, top_layers or rank, or free memory",
                 step=step,
@@ -204,7 +205,7 @@ def halved(batch: Batch, num_parts: int) -> list[Batch]:
 def check_loss(
     losses: Sequence[float], norm: float, found: BatchLoss, step: int, vocabulary: int
 ) -> None:
-    """Raise TrainingError, with the rows of the batch to look at, when the run has gone wrong.
+    """Raise DivergedError, with the rows of the batch to look at, when the run has gone wrong.
 
     It has when loss or gradient is not finite, or when the mean of five steps is more than twice
     that of the first five and worse than a uniform guess, whose loss is ln(vocabulary).
@@ -220,7 +221,7 @@ def check_loss(
         trouble = f"loss is {losses[-1]:.3g} and the gradient's norm {norm:.3g}"
     worst = sorted(found.row_losses, key=lambda id_: _badness(found.row_losses[id_]))[:3]
     rows = ", ".join(f"{id_} ({found.row_losses[id_]:.3g})" for id_ in worst)
-    raise TrainingError(
+    raise DivergedError(
         f"{trouble} at step {step}; rows with the highest loss: {rows}; lower lr, or correct "
         "or remove these rows",
         step=step,
@@ -231,11 +232,11 @@ def said_of_budget(good: Cursor, kl: float, step: int, budget: float) -> str:
     """Why a run went back to its last good checkpoint.
 
     Raises:
-        TrainingError: there is none.
+        DivergedError: there is none.
     """
     said = f"KL to the base is {kl:.3g} at step {step}, over kl_budget {budget:g}"
     if good.step == 0:
-        raise TrainingError(f"{said}, before the first checkpoint; lower lr or raise kl_weight")
+        raise DivergedError(f"{said}, before the first checkpoint; lower lr or raise kl_weight")
     _LOG.warning("%s: back to step=%d", said, good.step)
     return said
 

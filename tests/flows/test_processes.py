@@ -1,11 +1,19 @@
 """What the training process says comes back as the error that it means."""
 
+import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from perennial.flows.processes import run_training_process
-from perennial.infra.errors import ConfigError, ModelMissingError, UnavailableError
+from perennial.infra.errors import (
+    ConfigError,
+    DivergedError,
+    ModelMissingError,
+    OutOfMemoryError,
+    UnavailableError,
+)
 from perennial.infra.settings import Settings, load_settings
 from tests.training.builders import write_job
 
@@ -33,3 +41,25 @@ def test_an_exit_status_is_the_error_that_it_stands_for(
     with pytest.raises(kind, match="train ended with status") as caught:
         run_training_process("train", job, out, settings, on_line=lambda _: None)
     assert type(caught.value) is kind
+
+
+def test_what_a_setting_did_and_what_the_machine_refused_are_told_apart(
+    tmp_path: Path, settings: Settings
+) -> None:
+    fast = {"config": {"lr": 1e30, "max_grad_norm": 1e30, "rank": 2}}
+    diverging = write_job(tmp_path / "fast", **fast)
+    refused = write_job(tmp_path / "huge")
+    grow(tmp_path / "huge/tiny")
+
+    for job, kind in ((diverging, DivergedError), (refused, OutOfMemoryError)):
+        with pytest.raises(kind) as caught:
+            run_training_process("train", job, job.parent / "out", settings, on_line=print)
+        assert type(caught.value) is kind
+
+
+def grow(model: Path) -> None:
+    """Make a model of more than any memory holds; its large weights are not in the file."""
+    config, weights = model / "config.json", model / "model.safetensors"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 10**14}))
+    kept = {name: weight for name, weight in load_file(weights).items() if "mlp" not in name}
+    save_file(kept, weights, metadata={"format": "pt"})

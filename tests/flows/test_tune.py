@@ -18,7 +18,12 @@ from perennial.flows.tune import prepare, run_trials
 from perennial.flows.tune_report import write_result
 from perennial.flows.wiring import connect
 from perennial.infra.artifacts import publish, read_manifest
-from perennial.infra.errors import InputError, TrainingError
+from perennial.infra.errors import (
+    DivergedError,
+    InputError,
+    OutOfMemoryError,
+    TrainingError,
+)
 from perennial.infra.settings import Settings
 from perennial.registry.versions import NewVersion
 from perennial.training.examples import Example, read_examples, write_examples
@@ -205,12 +210,12 @@ def test_what_the_budget_does_not_hold_is_named(settings: Settings, tmp_path: Pa
     assert execute.calls == ["evaluate", *["train", "evaluate"] * 2]
 
 
-class Diverging(InProcess):
-    """Ends every training above a learning rate as a diverged one ends, else as asked."""
+class Failing(InProcess):
+    """Ends every training above a learning rate with an error, else as asked."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, error: TrainingError) -> None:
         super().__init__()
-        self._status = status
+        self._error = error
 
     def __call__(
         self,
@@ -221,22 +226,41 @@ class Diverging(InProcess):
         on_line: Callable[[str], None],
     ) -> None:
         if command == "train" and json.loads(job.read_bytes())["config"]["lr"] > 1e-2:
-            raise TrainingError("train ended: loss diverged", status=self._status)
+            raise self._error
         super().__call__(command, job, out, on_line=on_line)
 
 
 def test_a_setting_that_diverges_is_left_aside_and_said(settings: Settings, tmp_path: Path) -> None:
-    result = tune(settings, tmp_path, Diverging(status=4))
+    result = tune(settings, tmp_path, Failing(DivergedError("train ended: loss diverged")))
 
     first, second = result["trials"]
     assert first["is_chosen"]
     assert (second["gain"], second["is_on_front"]) == (None, False)
     assert second["failure"] == "train ended: loss diverged"
 
+    again = InProcess()
+    assert without_times(tune(settings, tmp_path, again)) == without_times(result)
+    assert again.calls == []
 
-def test_a_training_that_was_killed_is_no_figure(settings: Settings, tmp_path: Path) -> None:
+
+def test_a_setting_that_memory_was_refused_for_is_tried_again(
+    settings: Settings, tmp_path: Path, whole: Any
+) -> None:
+    first = tune(settings, tmp_path, Failing(OutOfMemoryError("train ended: out of memory")))
+    assert first["trials"][1]["failure"] == "train ended: out of memory"
+
+    again = InProcess()
+    result = tune(settings, tmp_path, again)
+
+    assert again.calls == ["train", "evaluate"]
+    assert without_times(result) == without_times(whole[2])
+
+
+def test_a_training_that_failed_otherwise_ends_the_search_and_is_no_figure(
+    settings: Settings, tmp_path: Path
+) -> None:
     with pytest.raises(TrainingError):
-        tune(settings, tmp_path, Diverging(status=-9))
+        tune(settings, tmp_path, Failing(TrainingError("train was killed", status=-9)))
 
     assert len(tune(settings, tmp_path, InProcess())["trials"]) == 2
 

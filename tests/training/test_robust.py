@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from perennial.infra import artifacts
-from perennial.infra.errors import InputError, TrainingError
+from perennial.infra.errors import DivergedError, InputError, OutOfMemoryError
 from perennial.training import lora, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
@@ -171,7 +171,7 @@ def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
     optimizer = trainer.make_optimizer(lora.trainable(model), config)
     batch = (Pick(source=0, index=0),)
     planned = Planned(step=7, num_steps=9, batch=batch)
-    with pytest.raises(TrainingError, match="one row at a time") as told:
+    with pytest.raises(OutOfMemoryError, match="one row at a time") as told:
         trainer.gradients(broken, planned, config, optimizer, 1)
     assert told.value.fields["step"] == 7
 
@@ -204,7 +204,7 @@ def test_memory_that_is_refused_for_one_row_is_an_error_that_says_what_to_do() -
 
     model = lora.attach(tiny_model(), CONFIG)
     model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(refuse)
-    with pytest.raises(TrainingError, match="outside a step; lower max_len"):
+    with pytest.raises(OutOfMemoryError, match="outside a step; lower max_len"):
         prepare(model, Sources(new=encoded(0, 3)), CONFIG)
 
 
@@ -221,9 +221,9 @@ def found_with(losses: dict[str, float]) -> BatchLoss:
 
 def test_a_loss_that_is_not_a_number_names_the_rows_to_look_at() -> None:
     found = found_with({"good": 1.0, "odd": float("nan"), "high": 9.0, "low": 0.1})
-    with pytest.raises(TrainingError, match=r"step 4; .*: odd \(nan\), high \(9\), good \(1\);"):
+    with pytest.raises(DivergedError, match=r"step 4; .*: odd \(nan\), high \(9\), good \(1\);"):
         check_loss([2.0, float("nan")], 1.0, found, 4, 100)
-    with pytest.raises(TrainingError, match="gradient's norm inf"):
+    with pytest.raises(DivergedError, match="gradient's norm inf"):
         check_loss([2.0], float("inf"), found, 1, 100)
 
 
@@ -231,7 +231,7 @@ def test_a_loss_that_climbs_over_a_uniform_guess_has_diverged() -> None:
     found = found_with({"a": 9.0})
     check_loss([2.0] * 5 + [4.5] * 5, 1.0, found, 10, 100)  # ln 100 = 4.6
     check_loss([5.0] * 5 + [9.9] * 5, 1.0, found, 10, 100)
-    with pytest.raises(TrainingError, match=r"diverges: 2 at first, now 4\.8"):
+    with pytest.raises(DivergedError, match=r"diverges: 2 at first, now 4\.8"):
         check_loss([2.0] * 5 + [4.8] * 5, 1.0, found, 10, 100)
 
 
@@ -245,7 +245,7 @@ def test_a_poisoned_row_is_named_by_a_real_run(tmp_path: Path) -> None:
     with torch.no_grad():
         decoder.embed_tokens.weight[250] = torch.nan
     sources = Sources(new=(*encoded(1, 9), odd))
-    with pytest.raises(TrainingError, match=r"highest loss: odd \(nan\)"):
+    with pytest.raises(DivergedError, match=r"highest loss: odd \(nan\)"):
         trainer.train(model, sources, CONFIG, checkpoints=tmp_path, job="j", on_step=lambda _: None)
 
 
@@ -348,7 +348,7 @@ def test_a_resumed_run_still_knows_how_it_began(
 def test_a_kl_budget_spent_before_the_first_checkpoint_is_an_error(tmp_path: Path) -> None:
     sources = Sources(new=encoded(0, 10), general=encoded(40, 4, "general"))
     config = with_fields(kl_budget=1e-9, general_share=0.3)
-    with pytest.raises(TrainingError, match="before the first checkpoint; lower lr"):
+    with pytest.raises(DivergedError, match="before the first checkpoint; lower lr"):
         trained(config, tmp_path, sources)
 
 
