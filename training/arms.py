@@ -16,6 +16,7 @@ from perennial.training import config as configs
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Example
 from perennial.training.holdout import split_holdout
+from perennial.training.recipes import shares_of
 from perennial.training.replay import ReplayStore
 from perennial.training.stream import Task
 
@@ -215,7 +216,8 @@ def _config(recipe: Recipe, arm: Arm, seed: int, *, has_past: bool) -> TrainConf
 
 def _new_share(config: TrainConfig, *, has_replay: bool, has_general: bool) -> float:
     """Part of an epoch's tokens that are new rows, as `mix` deals them."""
-    return 1 - config.replay_share * has_replay - config.general_share * has_general
+    shares = shares_of(config)
+    return 1 - shares.replay * has_replay - shares.general * has_general
 
 
 def _examples(task: Task) -> tuple[Example, ...]:

@@ -21,7 +21,9 @@ from typing import Any
 
 from perennial.infra.errors import InputError
 from perennial.training.compile import ClassWeights
+from perennial.training.config import TrainConfig
 from perennial.training.examples import Judgement, Label, Pair
+from perennial.training.mix import Shares
 from perennial.training.tokens import TokenRow, encode_answer
 
 _GROUP = 8  # judged answers whose mismatched ones estimate one reference point
@@ -42,6 +44,15 @@ RECIPES: Mapping[str, Recipe] = {
     "anchor": Recipe(replay_blend=0.0, is_anchored=True),
     "replay-kd-anchor": Recipe(replay_blend=0.5, is_anchored=True),
 }
+
+
+def shares_of(config: TrainConfig) -> Shares:
+    """Wanted parts of an epoch's tokens; a source outside the recipe has none."""
+    recipe = RECIPES[config.recipe]
+    return Shares(
+        replay=0.0 if recipe.replay_blend is None else config.replay_share,
+        general=config.general_share if recipe.is_anchored else 0.0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,11 +21,11 @@ from perennial.training import checkpoint, lora, objective
 from perennial.training.checkpoint import Cursor, Found
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
-from perennial.training.mix import Batch, Mix, Planned, Shares, make_mix, steps
+from perennial.training.mix import Batch, Mix, Planned, make_mix, steps
 from perennial.training.objective import BatchLoss
 from perennial.training.prepared import GENERAL, Prepared, Sources, TrunkOf, prepare
 from perennial.training.progress import StepRecord
-from perennial.training.recipes import RECIPES
+from perennial.training.recipes import shares_of
 from perennial.training.trunk import SplitModel
 
 _LOG = logging.getLogger(__name__)
@@ -115,14 +115,10 @@ def recent_kl(done: Sequence[Found], num_looks: int) -> float | None:
 
 
 def mix_of(sources: Sources, config: TrainConfig) -> Mix:
-    """What the run may see; a source outside the recipe has no share."""
-    recipe = RECIPES[config.recipe]
+    """What the run may see."""
     return make_mix(
         [[unit.num_tokens for unit in part] for part in sources.parts],
-        Shares(
-            replay=0.0 if recipe.replay_blend is None else config.replay_share,
-            general=config.general_share if recipe.is_anchored else 0.0,
-        ),
+        shares_of(config),
         epochs=config.epochs,
         batch_tokens=config.batch_tokens,
         mastered=config.mastered,

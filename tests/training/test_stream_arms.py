@@ -192,6 +192,26 @@ def test_equal_tokens_are_bought_with_epochs(rounds: Course) -> None:
     assert replay == [11, 13, 13, 13, 13]
 
 
+@pytest.mark.parametrize(
+    ("name", "epochs"),
+    [
+        # 8 / .88 in the first round, later 8 / .67, with replay 8 · .79 / .67.
+        ("replay-kd-anchor", {"naive": [9, 12, 12, 12, 12], "replay": [9, 9, 9, 9, 9]}),
+        # No general rows: 8 / .79.
+        ("replay-kd", {"naive": [8, 10, 10, 10, 10], "replay": [8, 8, 8, 8, 8]}),
+        # No replayed rows either; what replays them has .21 more.
+        ("sft", {"naive": [8, 8, 8, 8, 8], "replay": [8, 6, 6, 6, 6]}),
+    ],
+)
+def test_equal_tokens_are_those_that_the_recipe_draws(
+    name: str, epochs: dict[str, list[int]], rounds: Course
+) -> None:
+    for arm, wanted in epochs.items():
+        steps = plan(f"{arm}-same-tokens", rounds, 0, recipe(recipe=name))
+
+        assert [step.config and step.config.epochs for step in steps] == wanted
+
+
 @pytest.mark.parametrize("name", sorted(ARMS))
 def test_every_arm_has_a_plan_for_every_task(name: str, rounds: Course) -> None:
     steps = plan(name, rounds, 0, recipe())
