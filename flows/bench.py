@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,14 +24,15 @@ from perennial.infra.errors import InputError
 from perennial.infra.settings import Settings
 from perennial.training import config as configs
 from perennial.training.arms import Course, Recipe, Step, course, plan
+from perennial.training.cache import folder_digest
 from perennial.training.continual import GENERAL
 from perennial.training.evaluate import longest_row
 from perennial.training.examples import Example, write_examples
 from perennial.training.general import PACKAGED_REPLAY, load_general
 from perennial.training.grading import Grader
 from perennial.training.job import left_by
-from perennial.training.machine import choose_threads_once
-from perennial.training.modelfiles import ensure_base_model, load_tokenizer
+from perennial.training.machine import choose_place, choose_threads_once
+from perennial.training.modelfiles import ensure_base_model, load_tokenizer, weights_pattern
 from perennial.training.progress import read_progress
 from perennial.training.stream import (
     Order,
@@ -126,7 +127,8 @@ def prepare(settings: Settings, request: Request) -> Bench:
     general, fitting_probe = fit.examples(kept), fit.probe(probe)
     max_new_tokens = min(_MAX_NEW_TOKENS, _longest_answer(tokenizer, fitting) + _SPARE_TOKENS)
     tests = [task.test for task in fitting]
-    salt = _digest([settings.model.name, max_new_tokens, tests, fitting_probe])
+    by = computed_by(settings, folder)
+    salt = _digest([by, max_new_tokens, tests, fitting_probe])
     bench = Bench(
         request=request,
         tasks=fitting,
@@ -155,6 +157,17 @@ def prepare(settings: Settings, request: Request) -> Bench:
     for arm in request.arms:
         bench.steps(arm, request.seeds[0], request.orders[0])
     return bench
+
+
+def computed_by(settings: Settings, folder: Path) -> Json:
+    """What figures depend on beside rows and configuration: the model in the folder, and where.
+
+    Raises:
+        ConfigError: the settings ask for a GPU that is not there.
+    """
+    place = choose_place(settings.model.device, settings.model.dtype)
+    # Weights, and in *.json and *.jinja configuration, tokenizer and chat template.
+    return {"model": folder_digest(folder, weights_pattern(folder), "*.j*"), **asdict(place)}
 
 
 def run_steps(bench: Bench, execute: Execute, console: Console) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from perennial.flows.bench import Execute
+from perennial.flows.bench import Execute, computed_by
 from perennial.flows.bench_board import StepBoard
 from perennial.flows.curate import data_folder, of_both_labels, suite_row, write_suite
 from perennial.flows.evidence import champion_of
@@ -45,6 +45,7 @@ from perennial.training.examples import (
 from perennial.training.holdout import not_judged, split_holdout
 from perennial.training.job import read_train_job
 from perennial.training.machine import choose_threads_once
+from perennial.training.modelfiles import ensure_base_model
 from perennial.training.progress import read_progress
 from perennial.training.search import (
     Figures,
@@ -84,11 +85,15 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
-    """A request with everything read and checked; `job` is that of the round on these rows."""
+    """A request with everything read and checked; `job` is that of the round on these rows.
+
+    `parent_folder` has the figures of the parent, or of the base where there is none.
+    """
 
     request: Request
     round_id: str
     parent: str | None
+    parent_folder: Path
     job: Json
     plans: tuple[Plan, ...]
     num_rows: Mapping[str, int]
@@ -102,6 +107,7 @@ def prepare(deps: Deps, request: Request) -> Search:
         NotFoundError: there is no such round with rows.
         ConfigError: a setting is out of range, or the budget does not hold one training.
         InputError: the round has too few rows to keep some apart.
+        ModelMissingError: the base model is not on this machine.
     """
     round_ = _round(deps, request.round_id)
     data, settings = data_folder(deps, round_.id), deps.settings
@@ -114,6 +120,7 @@ def prepare(deps: Deps, request: Request) -> Search:
     champion = champion_of(deps, round_)
     parent = deps.versions.get(champion) if champion else None
     out = (request.out or data.parent / "tune").resolve()
+    by = computed_by(settings, ensure_base_model(settings.model.name, settings.model.cache_dir))
     num_rows = _write_rows(data, out / "work")
     job = training_job(settings, out / "work/rows", parent.adapter_path if parent else None)
     job |= {"num_threads": settings.model.threads or choose_threads_once(out / "num_threads", None)}
@@ -122,8 +129,9 @@ def prepare(deps: Deps, request: Request) -> Search:
         request=request,
         round_id=round_.id,
         parent=parent.name if parent else None,
+        parent_folder=_folder(out, by, parent.name if parent else None),
         job=job,
-        plans=tuple(_plan(job, setting, out) for setting in tried),
+        plans=tuple(_plan(job, setting, out, by) for setting in tried),
         num_rows=num_rows,
         out=out,
     )
@@ -166,9 +174,7 @@ class _Worker:
 
         That it diverged is kept; that memory was refused is not: the next run tries it again.
         """
-        base, live = self.search.job["base_model"], self.search.parent
-        parent = self.search.out / "trials" / f"parent-{_key(self.search.out, [base, live])}"
-        publish(parent, self._examine_parent)
+        publish(self.search.parent_folder, self._examine_parent)
         started = self.clock()
         try:
             publish(plan.folder, partial(self._try, plan))
@@ -177,7 +183,8 @@ class _Worker:
         else:
             found = json.loads((plan.folder / _TRIAL).read_bytes())
         shutil.rmtree(plan.work)
-        before, after = json.loads((parent / _TRIAL).read_bytes()), found.pop("scores")
+        before = json.loads((self.search.parent_folder / _TRIAL).read_bytes())
+        after = found.pop("scores")
         figures = None
         if after is not None:
             figures = Figures(
@@ -279,13 +286,13 @@ def _write_rows(data: Path, work: Path) -> dict[str, int]:
     return {"trained": len(files["train"]), "dev": len(new.judge), "probe": len(general.judge)}
 
 
-def _plan(job: Json, setting: Setting, out: Path) -> Plan:
+def _plan(job: Json, setting: Setting, out: Path, by: Json) -> Plan:
     """What is to be done with a setting, its job written."""
     config = configs.from_json({**job["config"], **asdict(setting)})
     path = out / "work" / config.fingerprint / "train.json"
     _write_json(path, job | {"config": config.to_json()})
-    key = _key(out, read_train_job(path).digest)
-    return Plan(setting=setting, work=path.parent, folder=out / "trials" / key)
+    folder = _folder(out, by, read_train_job(path).digest)
+    return Plan(setting=setting, work=path.parent, folder=folder)
 
 
 def _body(plan: Plan, wall_s: float | None, scores: Json | None, failure: str) -> Json:
@@ -305,10 +312,10 @@ def _suites(out: Path) -> Mapping[str, Path]:
     return {name: out / "work/suites" / f"{name}.jsonl" for name in (_DEV, _GENERAL)}
 
 
-def _key(out: Path, trained: object) -> str:
-    """Sixteen hex digits over what was trained and what it is measured on."""
+def _folder(out: Path, by: Json, trained: str | None) -> Path:
+    """Named by what computes, by what was trained, and by the rows that it is measured on."""
     rows = [sha256_file(path) for path in _suites(out).values()]
-    return digest({"trained": trained, "rows": rows})[:16]
+    return out / "trials" / digest({"by": by, "trained": trained, "rows": rows})[:16]
 
 
 def _write_json(path: Path, body: Json) -> None:

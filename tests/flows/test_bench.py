@@ -1,6 +1,7 @@
 import html
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -251,6 +252,29 @@ def test_what_changes_the_figures_makes_another_run_in_mlflow(inputs: Path, tmp_
     ]
     assert len({name(), *others}) == 1 + len(others)
     assert name() == name(out=tmp_path / "elsewhere")
+
+
+def test_another_model_of_the_same_name_or_another_dtype_makes_other_steps(
+    inputs: Path, tmp_path: Path
+) -> None:
+    tiny = shutil.copytree(inputs / "tiny", tmp_path / "tiny")
+
+    def first_key(dtype: str = "auto") -> str:
+        given = settings(tmp_path).model_dump()
+        given["model"]["dtype"] = dtype
+        prepared = prepare(Settings.model_validate(given), request(inputs, tmp_path / "out"))
+        return prepared.steps("full", 0, "given")[0].key
+
+    found = [first_key(), first_key("bfloat16")]
+    with (tiny / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    found.append(first_key())
+    for path in tiny.glob("model*.safetensors"):
+        path.write_bytes(path.read_bytes() + b" ")
+    found.append(first_key())
+
+    assert len({*found}) == 4
+    assert first_key() == found[-1]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -208,6 +209,28 @@ def test_what_the_budget_does_not_hold_is_named(settings: Settings, tmp_path: Pa
     assert [(t["epochs"], t["wall_s"]) for t in result["trials"]] == [(2, 100), (1, 100)]
     assert [s["lr"] for s in result["not_tried"]] == [2e-2, 2e-2]
     assert execute.calls == ["evaluate", *["train", "evaluate"] * 2]
+
+
+def test_another_model_of_the_same_name_or_another_dtype_is_tried_anew(
+    settings: Settings, tmp_path: Path
+) -> None:
+    tiny = shutil.copytree(settings.model.name, tmp_path / "tiny")
+
+    def folders(dtype: str) -> tuple[Path, ...]:
+        model = settings.model.model_copy(update={"name": str(tiny), "dtype": dtype})
+        options = {"round_id": None, "lr": "5e-3", "epochs": "2", "budget": "9h"}
+        asked = read_request(**options, max_drift=0.02, out=tmp_path / "out")
+        with connect(settings.model_copy(update={"model": model})) as deps:
+            search = prepare(deps, asked)
+        return (search.parent_folder, *(plan.folder for plan in search.plans))
+
+    found = [folders("auto"), folders("bfloat16")]
+    with (tiny / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    found.append(folders("auto"))
+
+    assert len({folder for of_one in found for folder in of_one}) == 3 * 2
+    assert folders("auto") == found[-1]
 
 
 class Failing(InProcess):
