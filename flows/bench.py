@@ -255,9 +255,16 @@ class _Fit:
     def task(self, task: Task) -> Task:
         train = tuple(row for row in task.train if self._holds(row.example, self.max_len))
         test = tuple(row for row in task.test if self._holds(row.example, self.max_test_len))
-        if not train or not test:
+        if not train:
             raise InputError(
-                f"task {task.name}: no row has at most {self.max_len} tokens; raise max_len",
+                f"task {task.name}: no row to train on has at most {self.max_len} tokens; "
+                "raise max_len",
+                task=task.name,
+            )
+        if not test:
+            raise InputError(
+                f"task {task.name}: no test row has at most {self.max_test_len} tokens, which is "
+                "what an examination takes; shorten them",
                 task=task.name,
             )
         return replace(task, train=train, test=test)

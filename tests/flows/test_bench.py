@@ -228,10 +228,26 @@ def test_rows_that_do_not_fit_are_counted_and_left_out(inputs: Path, tmp_path: P
     )
 
     assert prepared.left_out == {"stream": 0, "general": 1, "probe": 0}
-    write_rows(tmp_path / "s" / "01-a.train.jsonl", [{"instruction": "x" * 900, "outputs": ["a"]}])
-    write_rows(tmp_path / "s" / "01-a.test.jsonl", [{"instruction": "x", "outputs": ["a"]}])
-    with pytest.raises(InputError, match="no row has at most 512 tokens"):
-        prepare(settings(inputs), request(inputs, tmp_path, stream=tmp_path / "s"))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("train", "no row to train on has at most 64 tokens; raise max_len"),
+        ("test", "no test row has at most 512 tokens, .*; shorten them"),
+    ],
+)
+def test_a_task_without_a_row_that_fits_is_refused(
+    inputs: Path, tmp_path: Path, part: str, message: str
+) -> None:
+    for other in ("train", "test"):
+        asked = "x" * (9000 if other == part else 1)
+        write_rows(tmp_path / f"01-a.{other}.jsonl", [{"instruction": asked, "outputs": ["a"]}])
+
+    given = settings(inputs)
+    given.training.overrides.update(max_len=64)
+    with pytest.raises(InputError, match=message):
+        prepare(given, request(inputs, tmp_path / "out", stream=tmp_path))
 
 
 def test_what_changes_the_figures_makes_another_run_in_mlflow(inputs: Path, tmp_path: Path) -> None:
