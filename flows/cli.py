@@ -393,7 +393,10 @@ def bench() -> None:
 )
 @click.option("--seeds", default="0", show_default=True, help="Seeds, with commas.")
 @click.option(
-    "--order", default="given", show_default=True, help="Of the rounds: given, reversed, or both."
+    "--order",
+    default="given",
+    show_default=True,
+    help="Of the rounds: given, reversed, or given,reversed.",
 )
 @click.option(
     "--rows", type=click.IntRange(1), help="At most so many rows of every file, spread over it."
