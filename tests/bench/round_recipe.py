@@ -18,6 +18,7 @@ from typing import Any
 
 from rig.rounds import DESK, example, jsonl, likelihood, process, write_suite
 
+from perennial.infra.settings import TrainingSettings
 from perennial.training.examples import Example, write_examples
 from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
 from perennial.training.holdout import split_holdout
@@ -183,7 +184,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--base-model", default="smollm2-135m")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--config", default="{}", help="fields of the recipe to change, as JSON")
-    found.add_argument("--holdout", type=float, default=0.2, help="share kept back, as in a round")
+    found.add_argument(
+        "--holdout",
+        type=float,
+        default=TrainingSettings().holdout,
+        help="share kept back, as in a round",
+    )
     found.add_argument("--threads", type=int, default=None)
     found.add_argument("--dolly", type=Path, default=None, help="a second general probe (JSONL)")
     return found
