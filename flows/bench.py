@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from perennial.flows.bench_board import StepBoard
-from perennial.flows.processes import model_fields
+from perennial.flows.processes import Json, model_fields
 from perennial.infra.artifacts import MANIFEST, publish, write_atomic
 from perennial.infra.errors import InputError
 from perennial.infra.settings import Settings
@@ -50,8 +50,6 @@ _MAX_NEW_TOKENS = 64
 _SPARE_TOKENS = 8
 _MAX_TEST_LEN = 1024  # tokens; another number would name the results on disk anew
 TRAINED = "trained.json"
-
-Json = dict[str, Any]  # Any: JSON
 
 
 class Execute(Protocol):

@@ -3,9 +3,8 @@
 import base64
 import html
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-Json = dict[str, Any]  # Any: JSON
+from perennial.flows.processes import Json
 
 _FIGURES: Mapping[str, tuple[str, str]] = {
     "ap": ("AP, points", "all tasks after the last round"),

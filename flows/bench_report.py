@@ -16,6 +16,7 @@ import numpy as np
 
 from perennial.flows.bench import TRAINED, Bench
 from perennial.flows.bench_page import page
+from perennial.flows.processes import Json
 from perennial.infra.artifacts import write_atomic
 from perennial.registry.plots import FrontPoint, plot_front, plot_r_matrix
 from perennial.training.arms import ARMS, Step
@@ -35,8 +36,6 @@ from perennial.training.continual import (
 from perennial.training.grading import grade, has_stale, rouge_l
 from perennial.training.search import on_front
 from perennial.training.stream import Order, Task
-
-Json = dict[str, Any]  # Any: JSON
 
 _UNITS: Mapping[str, str] = {
     "ap": "points",

@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from perennial.flows.bench import Bench, Json, Request, prepare, run_steps
+from perennial.flows.bench import Bench, Request, prepare, run_steps
 from perennial.flows.bench_report import write_report
-from perennial.flows.processes import run_training_process
+from perennial.flows.processes import Json, run_training_process
 from perennial.infra.errors import ConfigError
 from perennial.infra.settings import Settings
 from perennial.training.grading import Grader
@@ -59,7 +59,7 @@ def run_continual(settings: Settings, request: Request) -> None:
     for what, num in bench.left_out.items():
         if num:
             console.print(f"{num} rows of the {what} do not fit the context and are left out")
-    execute = partial(_execute, settings)
+    execute = partial(run_training_process, settings=settings)
     try:
         run_steps(bench, execute, console)
     except KeyboardInterrupt:
@@ -70,17 +70,6 @@ def run_continual(settings: Settings, request: Request) -> None:
     console.print(f"report: {request.out / 'index.html'}", soft_wrap=True)
     if settings.mlflow.uri:
         console.print(f"MLflow: {log_result(settings, bench, result)}", soft_wrap=True)
-
-
-def _execute(
-    settings: Settings,
-    command: Literal["train", "evaluate"],
-    job: Path,
-    out: Path,
-    *,
-    on_line: Callable[[str], None],
-) -> None:
-    run_training_process(command, job, out, settings, on_line=on_line)
 
 
 def log_result(settings: Settings, bench: Bench, result: Json) -> str:

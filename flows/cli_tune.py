@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from perennial.flows.cli_keys import parse_duration
-from perennial.flows.processes import run_training_process
-from perennial.flows.steps import Json
+from perennial.flows.processes import Json, run_training_process
 from perennial.flows.tune import Request, prepare, run_trials
 from perennial.flows.tune_report import write_result
 from perennial.flows.wiring import connect

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from perennial.flows.detect import cutoff
 from perennial.flows.mapping import to_feedback_rows, to_limits
+from perennial.flows.processes import Json
 from perennial.flows.wiring import Deps
 from perennial.infra.artifacts import Manifest, publish
 from perennial.infra.settings import Settings
@@ -38,8 +38,6 @@ from perennial.training.stream import spread
 from perennial.training.text import fit_tfidf
 
 _NUM_REPLAYED_JUDGED = 45
-
-Json = dict[str, Any]  # Any: JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from perennial.flows.curate import data_folder, read_training_rows
 from perennial.flows.mapping import to_rules, token_f1
-from perennial.flows.steps import Json
+from perennial.flows.processes import Json
 from perennial.flows.wiring import Deps
 from perennial.registry.card import Card, render_card, render_description
 from perennial.registry.evaluations import Evaluation

@@ -27,6 +27,8 @@ from perennial.infra.settings import Settings, child_environment
 
 log = logging.getLogger(__name__)
 
+Json = dict[str, Any]  # Any: JSON, as jobs, summaries and results of steps are
+
 _STOP_S = 20.0
 _ERRORS: Mapping[int, type[PerennialError]] = {
     2: ConfigError,
@@ -37,7 +39,7 @@ _ERRORS: Mapping[int, type[PerennialError]] = {
 }
 
 
-def model_fields(settings: Settings) -> dict[str, Any]:  # Any: JSON
+def model_fields(settings: Settings) -> Json:
     """What every job says of the model and of where it is computed."""
     return {
         "base_model": settings.model.name,

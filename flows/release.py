@@ -7,7 +7,8 @@ import httpx
 from prefect import flow
 
 from perennial.flows.evidence import champion_of
-from perennial.flows.steps import Json, Steps, digest, leased, transient_task
+from perennial.flows.processes import Json
+from perennial.flows.steps import Steps, digest, leased, transient_task
 from perennial.flows.wiring import Deps, connect
 from perennial.infra.errors import ConflictError, LeaseLostError, PerennialError
 from perennial.infra.settings import ApprovalSettings

@@ -13,8 +13,8 @@ from prefect import flow, get_run_logger
 
 from perennial.flows import evidence
 from perennial.flows.curate import curate, data_folder, general_file, read_training_rows
-from perennial.flows.processes import model_fields, run_training_process
-from perennial.flows.steps import Json, Steps, digest, leased, transient_task
+from perennial.flows.processes import Json, model_fields, run_training_process
+from perennial.flows.steps import Steps, digest, leased, transient_task
 from perennial.flows.wiring import Deps, connect
 from perennial.infra.artifacts import read_manifest, sha256_file, write_atomic
 from perennial.infra.errors import NotFoundError

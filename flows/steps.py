@@ -18,13 +18,12 @@ from typing import Any, ParamSpec, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from perennial.flows.processes import Json
 from perennial.infra.errors import LeaseLostError, UnavailableError
 from perennial.infra.locks import hold
 from perennial.registry.rounds import Lease, Ledger
 
 log = logging.getLogger(__name__)
-
-Json = dict[str, Any]  # Any: what a step returns is JSON
 
 LEASE_S = 60.0
 RETRY_DELAYS_S = (2, 5, 15, 30, 60, 60, 60, 60)

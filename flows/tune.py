@@ -20,8 +20,9 @@ from perennial.flows.bench import Execute, computed_by
 from perennial.flows.bench_board import StepBoard
 from perennial.flows.curate import data_folder, of_both_labels, suite_row, write_suite
 from perennial.flows.evidence import champion_of
+from perennial.flows.processes import Json
 from perennial.flows.retrain import training_job
-from perennial.flows.steps import Json, digest
+from perennial.flows.steps import digest
 from perennial.flows.wiring import Deps
 from perennial.infra.artifacts import publish, sha256_file, verify, write_atomic
 from perennial.infra.errors import (

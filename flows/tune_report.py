@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from perennial.flows.steps import Json
+from perennial.flows.processes import Json
 from perennial.flows.tune import Search
 from perennial.infra.artifacts import write_atomic
 from perennial.registry.plots import FrontPoint, Limit, plot_front
