@@ -9,7 +9,7 @@ pages are left to `bench_report`.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from perennial.infra.artifacts import MANIFEST, publish, write_atomic
 from perennial.infra.errors import InputError
 from perennial.infra.settings import Settings
 from perennial.training import config as configs
-from perennial.training.arms import Course, Recipe, Step, course, plan
+from perennial.training.arms import Course, Shared, Step, course, plan
 from perennial.training.cache import folder_digest
 from perennial.training.continual import GENERAL
 from perennial.training.evaluate import longest_row
@@ -90,14 +90,14 @@ class Bench:
     graders: Mapping[str, Grader]
     courses: Mapping[Order, Course]
     probe: tuple[Example, ...]
-    recipe: Recipe
+    shared: Shared
     left_out: Mapping[str, int]
     max_new_tokens: int
     model: Mapping[str, str | int | None]
 
     def steps(self, arm: str, seed: int, order: Order) -> tuple[Step, ...]:
         """The steps of an arm with one seed in one order."""
-        return plan(arm, self.courses[order], seed, self.recipe)
+        return plan(arm, self.courses[order], seed, self.shared)
 
     def result(self, step: Step) -> Path:
         """The folder with what a step gave."""
@@ -111,39 +111,28 @@ def prepare(settings: Settings, request: Request) -> Bench:
         InputError: a file is missing or malformed, an arm is unknown, or no row fits the context.
         ModelMissingError: the base model is not on this machine.
     """
-    tasks = read_stream(request.stream, request.rows)
-    graders = choose_graders(tasks, request.graders)
-    probe = _general(request.general, request.rows)
-    kept = _replayed(settings, request, probe)
+    given = _read(settings, request)
+    graders = choose_graders(given.tasks, request.graders)
     overrides = settings.training.overrides
     folder = ensure_base_model(settings.model.name, settings.model.cache_dir)
     tokenizer = load_tokenizer(folder)
     max_test_len = min(_MAX_TEST_LEN, longest_row(folder))
     max_len = configs.from_json(overrides).max_len
-    fit = _Fit(tokenizer=tokenizer, max_len=max_len, max_test_len=max_test_len)
-    fitting = tuple(fit.task(task) for task in tasks)
-    general, fitting_probe = fit.examples(kept), fit.probe(probe)
-    max_new_tokens = min(_MAX_NEW_TOKENS, _longest_answer(tokenizer, fitting) + _SPARE_TOKENS)
-    tests = [task.test for task in fitting]
-    by = computed_by(settings, folder)
-    salt = _digest([by, max_new_tokens, tests, fitting_probe])
+    rows = _Fit(tokenizer=tokenizer, max_len=max_len, max_test_len=max_test_len).rows(given)
+    max_new_tokens = min(_MAX_NEW_TOKENS, _longest_answer(tokenizer, rows.tasks) + _SPARE_TOKENS)
+    tests = [task.test for task in rows.tasks]
+    salt = _digest([computed_by(settings, folder), max_new_tokens, tests, rows.probe])
+    replay_rows, dev_share = settings.training.replay_rows, settings.training.holdout
     bench = Bench(
         request=request,
-        tasks=fitting,
+        tasks=rows.tasks,
         graders=graders,
         courses={
-            order: course(ordered(fitting, order), settings.training.replay_rows)
-            for order in request.orders
+            order: course(ordered(rows.tasks, order), replay_rows) for order in request.orders
         },
-        probe=fitting_probe,
-        recipe=Recipe(
-            overrides=overrides, general=general, salt=salt, dev_share=settings.training.holdout
-        ),
-        left_out={
-            "stream": _num_rows(tasks) - _num_rows(fitting),
-            "general": len(kept) - len(general),
-            "probe": len(probe) - len(fitting_probe),
-        },
+        probe=rows.probe,
+        shared=Shared(overrides=overrides, general=rows.general, salt=salt, dev_share=dev_share),
+        left_out={name: num - rows.nums[name] for name, num in given.nums.items()},
         max_new_tokens=max_new_tokens,
         model={
             **model_fields(settings),
@@ -243,6 +232,21 @@ class _Worker:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Rows:
+    """The stream, general rows to train on, and those to measure on."""
+
+    tasks: tuple[Task, ...]
+    general: tuple[Example, ...]
+    probe: tuple[Example, ...]
+
+    @property
+    def nums(self) -> Mapping[str, int]:
+        """How many there are of each."""
+        stream = sum(len(task.train) + len(task.test) for task in self.tasks)
+        return {"stream": stream, "general": len(self.general), "probe": len(self.probe)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Fit:
     """Keeps the rows that training and evaluation take; they leave out longer ones."""
 
@@ -250,7 +254,15 @@ class _Fit:
     max_len: int
     max_test_len: int
 
-    def task(self, task: Task) -> Task:
+    def rows(self, given: _Rows) -> _Rows:
+        probe_len = min(self.max_len, self.max_test_len)
+        return _Rows(
+            tasks=tuple(self._task(task) for task in given.tasks),
+            general=tuple(row for row in given.general if self._holds(row, self.max_len)),
+            probe=tuple(row for row in given.probe if self._holds(row, probe_len)),
+        )
+
+    def _task(self, task: Task) -> Task:
         train = tuple(row for row in task.train if self._holds(row.example, self.max_len))
         test = tuple(row for row in task.test if self._holds(row.example, self.max_test_len))
         if not train:
@@ -267,13 +279,6 @@ class _Fit:
             )
         return replace(task, train=train, test=test)
 
-    def examples(self, rows: Iterable[Example]) -> tuple[Example, ...]:
-        return tuple(row for row in rows if self._holds(row, self.max_len))
-
-    def probe(self, rows: Iterable[Example]) -> tuple[Example, ...]:
-        max_len = min(self.max_len, self.max_test_len)
-        return tuple(row for row in rows if self._holds(row, max_len))
-
     def _holds(self, row: Example, max_len: int) -> bool:
         num_chars = len(row.completion) + sum(len(text) for _, text in row.messages)
         return encode_example(self.tokenizer, row, 10**6 + 100 * num_chars).num_tokens <= max_len
@@ -288,6 +293,15 @@ def _cost(trained: Path) -> Json:
         "wall_s": summary["wall_s"] if is_whole else None,
         "peak_rss_mb": summary["peak_rss_mb"],
     }
+
+
+def _read(settings: Settings, request: Request) -> _Rows:
+    probe = _general(request.general, request.rows)
+    return _Rows(
+        tasks=read_stream(request.stream, request.rows),
+        general=_replayed(settings, request, probe),
+        probe=probe,
+    )
 
 
 def _general(path: Path, max_rows: int | None) -> tuple[Example, ...]:
@@ -328,7 +342,7 @@ def _write_suite(bench: Bench, name: str, rows: Sequence[Example]) -> None:
 
 
 def _suites(bench: Bench) -> Path:
-    return bench.request.out.resolve() / "suites" / bench.recipe.salt[:16]
+    return bench.request.out.resolve() / "suites" / bench.shared.salt[:16]
 
 
 def _drop_adapters(work: Path, keep: set[str]) -> None:
@@ -341,10 +355,6 @@ def _longest_answer(tokenizer: Any, tasks: Sequence[Task]) -> int:  # Any: trans
     """Tokens of the longest answer that a task wants."""
     answers = (answer for task in tasks for row in task.test for answer in row.outputs)
     return max(len(encode_text(tokenizer, answer)) for answer in answers)
-
-
-def _num_rows(tasks: Sequence[Task]) -> int:
-    return sum(len(task.train) + len(task.test) for task in tasks)
 
 
 def _digest(value: object) -> str:

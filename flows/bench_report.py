@@ -188,9 +188,9 @@ def _result(bench: Bench, arms: Mapping[str, Measured], weights: Weights) -> Jso
         "seeds": list(asked.seeds),
         "orders": list(asked.orders),
         "num_probe": len(bench.probe),
-        "num_general": len(bench.recipe.general),
+        "num_general": len(bench.shared.general),
         "left_out_as_too_long": dict(bench.left_out),
-        "overrides": dict(bench.recipe.overrides),
+        "overrides": dict(bench.shared.overrides),
         "units": dict(_UNITS),
         "arms": {name: _arm(name, arms, weights) for name in arms},
         "paired": {f"full-minus-{name}": _paired(arms["full"], other)

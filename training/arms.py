@@ -98,7 +98,7 @@ class Course:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
+class Shared:
     """What all arms share.
 
     `overrides` are fields over the recipe's defaults; `salt` names what else a result depends on:
@@ -139,7 +139,7 @@ def course(tasks: Sequence[Task], replay_rows: int) -> Course:
     return Course(tasks=tuple(tasks), past=tuple(past), union=tuple(union))
 
 
-def plan(name: str, course: Course, seed: int, recipe: Recipe) -> tuple[Step, ...]:
+def plan(name: str, course: Course, seed: int, shared: Shared) -> tuple[Step, ...]:
     """The steps of one arm, in order.
 
     Raises:
@@ -150,25 +150,25 @@ def plan(name: str, course: Course, seed: int, recipe: Recipe) -> tuple[Step, ..
     arm, tasks, names = ARMS[name], course.tasks, tuple(task.name for task in course.tasks)
     last = len(tasks) - 1
     if arm.rounds == "none":
-        key = _digest(recipe, None, None, names)
+        key = _digest(shared, None, None, names)
         return (Step(key=key, index=last, config=None, parent=None, examined=names),)
     if arm.rounds == "all-at-once":
-        return (_step(recipe, arm, seed, last, course.union, examined=names),)
+        return (_step(shared, arm, seed, last, course.union, examined=names),)
     if arm.rounds == "each-alone":
         return tuple(
-            _step(recipe, arm, seed, index, _examples(task), examined=(task.name,))
+            _step(shared, arm, seed, index, _examples(task), examined=(task.name,))
             for index, task in enumerate(tasks)
         )
     steps: list[Step] = []
     for index, (task, past) in enumerate(zip(tasks, course.past, strict=True)):
         parent = steps[-1] if steps else None
         new = _examples(task)
-        steps.append(_step(recipe, arm, seed, index, new, examined=names, past=past, parent=parent))
+        steps.append(_step(shared, arm, seed, index, new, examined=names, past=past, parent=parent))
     return tuple(steps)
 
 
 def _step(
-    recipe: Recipe,
+    shared: Shared,
     arm: Arm,
     seed: int,
     index: int,
@@ -178,17 +178,17 @@ def _step(
     past: tuple[Example, ...] = (),
     parent: Step | None = None,
 ) -> Step:
-    config = _config(recipe, arm, seed, has_past=bool(past))
+    config = _config(shared, arm, seed, has_past=bool(past))
     replay = past if arm.has_replay else ()
-    general = recipe.general if arm.has_general else ()
+    general = shared.general if arm.has_general else ()
     known = None if config.start == "base" else parent
     dev: tuple[Example, ...] = ()
     if known and config.start == "blend":
-        for_new, for_past = (split_holdout(rows, recipe.dev_share) for rows in (new, replay))
+        for_new, for_past = (split_holdout(rows, shared.dev_share) for rows in (new, replay))
         new, replay, dev = for_new.train, for_past.train, (*for_new.judge, *for_past.judge)
     sources = (new, replay, general, dev) if dev else (new, replay, general)
     return Step(
-        key=_digest(recipe, config, known, examined, *sources),
+        key=_digest(shared, config, known, examined, *sources),
         index=index,
         config=config,
         parent=known,
@@ -200,13 +200,13 @@ def _step(
     )
 
 
-def _config(recipe: Recipe, arm: Arm, seed: int, *, has_past: bool) -> TrainConfig:
+def _config(shared: Shared, arm: Arm, seed: int, *, has_past: bool) -> TrainConfig:
     """The recipe of the arm, with the epochs that its tokens ask for."""
-    own = configs.from_json({**recipe.overrides, **arm.overrides, "seed": seed})
+    own = configs.from_json({**shared.overrides, **arm.overrides, "seed": seed})
     if arm.tokens == "own":
         return own
-    full = configs.from_json({**recipe.overrides, "seed": seed})
-    has_general = bool(recipe.general)
+    full = configs.from_json({**shared.overrides, "seed": seed})
+    has_general = bool(shared.general)
     theirs = _new_share(full, has_replay=has_past, has_general=has_general)
     ours = _new_share(
         own, has_replay=has_past and arm.has_replay, has_general=has_general and arm.has_general
@@ -225,7 +225,7 @@ def _examples(task: Task) -> tuple[Example, ...]:
 
 
 def _digest(
-    recipe: Recipe,
+    shared: Shared,
     config: TrainConfig | None,
     parent: Step | None,
     examined: Sequence[str],
@@ -233,7 +233,7 @@ def _digest(
 ) -> str:
     """Sixteen hex digits over all that the result of a step depends on."""
     parts = [
-        recipe.salt,
+        shared.salt,
         config.to_json() if config else None,
         parent.key if parent else None,
         sorted(examined),

@@ -159,8 +159,8 @@ def test_rows_of_the_probe_are_never_trained_on(inputs: Path, tmp_path: Path) ->
     prepared = prepare(settings(inputs), request(inputs, tmp_path))
 
     asked = {row.messages for row in prepared.probe}
-    assert len(prepared.recipe.general) == 3
-    assert not asked & {row.messages for row in prepared.recipe.general}
+    assert len(prepared.shared.general) == 3
+    assert not asked & {row.messages for row in prepared.shared.general}
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from perennial.infra.errors import ConfigError, InputError
-from perennial.training.arms import ARMS, Course, Recipe, Step, course, plan
+from perennial.training.arms import ARMS, Course, Shared, Step, course, plan
 from perennial.training.examples import Example
 from perennial.training.grading import default_grader, grade, has_stale
 from perennial.training.stream import Order, Task, choose_graders, ordered, read_stream, spread
@@ -28,9 +28,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, ...]:
     return read_stream(folder)
 
 
-def recipe(**overrides: object) -> Recipe:
+def shared(**overrides: object) -> Shared:
     general = Example(id="g", messages=(("user", "hi"),), completion="hello", kind="general")
-    return Recipe(overrides=overrides, general=(general,), salt="s", dev_share=0.15)
+    return Shared(overrides=overrides, general=(general,), salt="s", dev_share=0.15)
 
 
 def keys(steps: tuple[Step, ...]) -> list[str]:
@@ -160,29 +160,29 @@ def test_the_upper_bound_learns_everything_but_what_was_overridden(rounds: Cours
 
 
 def test_arms_share_the_steps_that_are_equal(rounds: Course) -> None:
-    full, no_replay = plan("full", rounds, 0, recipe()), plan("no-replay", rounds, 0, recipe())
+    full, no_replay = plan("full", rounds, 0, shared()), plan("no-replay", rounds, 0, shared())
 
     assert keys(full)[0] == keys(no_replay)[0]
     assert not {*keys(full)[1:]} & {*keys(no_replay)[1:]}
-    assert keys(plan("base", rounds, 0, recipe())) == keys(plan("base", rounds, 1, recipe()))
-    assert keys(full) != keys(plan("full", rounds, 1, recipe()))
+    assert keys(plan("base", rounds, 0, shared())) == keys(plan("base", rounds, 1, shared()))
+    assert keys(full) != keys(plan("full", rounds, 1, shared()))
     assert [step.parent and step.parent.key for step in full] == [None, *keys(full)[:-1]]
 
 
 def test_single_is_the_same_in_every_order(made: tuple[Task, ...], rounds: Course) -> None:
     turned = course(ordered(made, "reversed"), replay_rows=2000)
 
-    given, other = plan("single", rounds, 0, recipe()), plan("single", turned, 0, recipe())
+    given, other = plan("single", rounds, 0, shared()), plan("single", turned, 0, shared())
 
     assert {*keys(given)} == {*keys(other)}
 
 
 def test_a_changed_recipe_or_row_makes_other_steps(rounds: Course) -> None:
-    assert keys(plan("full", rounds, 0, recipe())) != keys(plan("full", rounds, 0, recipe(lr=1e-4)))
+    assert keys(plan("full", rounds, 0, shared())) != keys(plan("full", rounds, 0, shared(lr=1e-4)))
 
 
 def test_equal_tokens_are_bought_with_epochs(rounds: Course) -> None:
-    mixed = recipe(epochs=9, replay_share=0.35, general_share=0.2)
+    mixed = shared(epochs=9, replay_share=0.35, general_share=0.2)
 
     naive = [s.config and s.config.epochs for s in plan("naive-same-tokens", rounds, 0, mixed)]
     replay = [s.config and s.config.epochs for s in plan("replay-same-tokens", rounds, 0, mixed)]
@@ -207,14 +207,14 @@ def test_equal_tokens_are_those_that_the_recipe_draws(
     name: str, epochs: dict[str, list[int]], rounds: Course
 ) -> None:
     for arm, wanted in epochs.items():
-        steps = plan(f"{arm}-same-tokens", rounds, 0, recipe(recipe=name))
+        steps = plan(f"{arm}-same-tokens", rounds, 0, shared(recipe=name))
 
         assert [step.config and step.config.epochs for step in steps] == wanted
 
 
 @pytest.mark.parametrize("name", sorted(ARMS))
 def test_every_arm_has_a_plan_for_every_task(name: str, rounds: Course) -> None:
-    steps = plan(name, rounds, 0, recipe())
+    steps = plan(name, rounds, 0, shared())
 
     assert {task for step in steps for task in step.examined} == {t.name for t in rounds.tasks}
     assert all((step.config is None) == (name == "base") for step in steps)
@@ -224,15 +224,15 @@ def test_every_arm_has_a_plan_for_every_task(name: str, rounds: Course) -> None:
 @pytest.mark.parametrize("start", ["parent", "slow-fast", "blend"])
 def test_each_round_goes_on_from_the_one_before(start: str, rounds: Course) -> None:
     """Whether an arm or the settings ask for the start."""
-    steps = plan("full", rounds, 0, recipe(start=start))
+    steps = plan("full", rounds, 0, shared(start=start))
 
     assert [step.parent and step.parent.key for step in steps] == [None, *keys(steps)[:-1]]
     if start != "parent":
-        assert keys(steps) == keys(plan(start, rounds, 0, recipe()))
+        assert keys(steps) == keys(plan(start, rounds, 0, shared()))
 
 
 def test_a_blend_has_rows_to_choose_by_that_nothing_is_trained_on(rounds: Course) -> None:
-    full, blended = (plan(name, rounds, 0, recipe()) for name in ("full", "blend"))
+    full, blended = (plan(name, rounds, 0, shared()) for name in ("full", "blend"))
 
     assert blended[0].dev == ()
     for whole, step in zip(full[1:], blended[1:], strict=True):
@@ -246,4 +246,4 @@ def test_a_blend_has_rows_to_choose_by_that_nothing_is_trained_on(rounds: Course
 
 def test_an_unknown_arm_is_refused_with_the_known_ones(rounds: Course) -> None:
     with pytest.raises(ConfigError, match="unknown arm 'fulll'; known: base, naive"):
-        plan("fulll", rounds, 0, recipe())
+        plan("fulll", rounds, 0, shared())
