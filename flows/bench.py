@@ -68,7 +68,10 @@ class Execute(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What a person asked for. `general` is measured on; `general_replay` may be trained on."""
+    """What a person asked for. `general` is measured on; `general_replay` may be trained on.
+
+    `rows`: at most so many of every file, but for `general_replay`: a round draws its share of it.
+    """
 
     stream: Path
     general: Path
@@ -319,9 +322,9 @@ def _general(path: Path, max_rows: int | None) -> tuple[Example, ...]:
 def _replayed(
     settings: Settings, request: Request, probe: Sequence[Example]
 ) -> tuple[Example, ...]:
-    """General rows to train on: none that asks what the probe asks."""
+    """General rows to train on, whole: none that asks what the probe asks."""
     default = settings.training.general_file or PACKAGED_REPLAY
-    rows = _general(request.general_replay or default, request.rows)
+    rows = _general(request.general_replay or default, None)
     asked = {row.prompt_key for row in probe}
     return tuple(row for row in rows if row.prompt_key not in asked)
 

@@ -399,7 +399,9 @@ def bench() -> None:
     help="Of the rounds: given, reversed, or given,reversed.",
 )
 @click.option(
-    "--rows", type=click.IntRange(1), help="At most so many rows of every file, spread over it."
+    "--rows",
+    type=click.IntRange(1),
+    help="At most so many rows of every file of the stream and of --general, spread over it.",
 )
 @click.option(
     "--grader",

@@ -163,6 +163,14 @@ def test_rows_of_the_probe_are_never_trained_on(inputs: Path, tmp_path: Path) ->
     assert not asked & {row.messages for row in prepared.shared.general}
 
 
+def test_fewer_rows_leave_the_general_rows_to_train_on_whole(inputs: Path, tmp_path: Path) -> None:
+    prepared = prepare(settings(inputs), request(inputs, tmp_path, rows=2))
+
+    assert {(len(task.train), len(task.test)) for task in prepared.tasks} == {(2, 2)}
+    assert len(prepared.probe) == 2
+    assert len(prepared.shared.general) == 4
+
+
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
 def test_a_killed_benchmark_goes_on_to_equal_figures(
     inputs: Path, tmp_path: Path, whole: tuple[Path, dict[str, Any]], stop_at: int
