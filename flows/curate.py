@@ -152,19 +152,22 @@ def _against_the_past(
     gone = contradicted((*past.rows, *judged), compiled.examples, Contradiction())
     ids = {row.id for row in gone}
     judged = tuple(row for row in judged if row.id not in ids)
-    past = replace(past, rows=tuple(row for row in past.rows if row.id not in ids))
-    replay = past.resized(settings.replay_rows)
     new = split_holdout(not_judged(compiled.examples, judged), settings.holdout)
     apart = (*judged, *new.judge)
+    # A question that users ask again may be among those to judge by now.
+    stay = not_judged([row for row in past.rows if row.id not in ids], apart)
+    past = replace(past, rows=stay)
+    replay = past.resized(settings.replay_rows)
     next_replay = replay.add(new.train, round_.id)
     stays = {row.id for row in next_replay.rows}
     dev: tuple[Example, ...] = ()
     if champion is not None and settings.overrides.get("start") == "blend":
-        for_new, for_past = (
-            split_holdout(rows, settings.holdout) for rows in (new.train, replay.rows)
+        parts = [split_holdout(rows, settings.holdout) for rows in (new.train, replay.rows)]
+        dev = tuple(row for part in parts for row in part.judge)
+        new, replay = (
+            replace(new, train=not_judged(new.train, dev)),
+            replace(replay, rows=not_judged(replay.rows, dev)),
         )
-        new, replay = replace(new, train=for_new.train), replace(replay, rows=for_past.train)
-        dev = (*for_new.judge, *for_past.judge)
     untold = (*apart, *dev)
     return Curated(
         compiled=compiled,

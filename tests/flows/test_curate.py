@@ -5,6 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from perennial.feedback.records import (
     Binary,
     Comment,
@@ -179,6 +181,34 @@ def test_a_blend_is_chosen_on_new_and_past_rows_that_are_not_trained_on(tmp_path
     kept = {row.id for row in load_replay(folder / "next_replay.jsonl").rows}
     assert {row.id for row in dev if row.kind != "replay"} <= kept
     assert read_examples(data_folder(later, "rnd_1") / "dev.jsonl") == ()
+
+
+@pytest.mark.parametrize("start", ["parent", "blend"])
+def test_nothing_that_is_judged_by_is_replayed(tmp_path: Path, start: str) -> None:
+    some = deps(tmp_path, first_round())
+    past = data_folder(some, "rnd_1")
+    curate(some, a_round(1), None, tmp_path / "general.jsonl", past)
+    again = [
+        judged(400 + n, row.question, "?", Correction(text=row.completion))
+        for n, row in enumerate(read_examples(past / "train.jsonl"))
+    ]
+    overrides = {"PERENNIAL_TRAINING__OVERRIDES": f'{{ start = "{start}" }}'}
+    later = deps(tmp_path, again, **overrides)
+    champion: Any = SimpleNamespace(round_id="rnd_1")
+
+    curate(later, a_round(2), champion, tmp_path / "general.jsonl", data_folder(later, "rnd_2"))
+
+    folder = data_folder(later, "rnd_2")
+    names = ("next_judged", "dev", "train", "replay")
+    judge, dev, train, replay = (read_examples(folder / f"{name}.jsonl") for name in names)
+    asked = {row.prompt_key for row in (*judge, *dev)}
+    assert any(row.id.startswith("fb_4") for row in judge)
+    assert bool(dev) == (start == "blend")
+    assert replay
+    assert not asked & {row.prompt_key for row in (*train, *replay)}
+    kept = {row.prompt_key for row in load_replay(folder / "next_replay.jsonl").rows}
+    assert not kept & {row.prompt_key for row in judge}
+    assert kept >= {row.prompt_key for row in dev}
 
 
 def remembered(number: int) -> Example:
