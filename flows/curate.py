@@ -20,8 +20,8 @@ from perennial.infra.settings import Settings
 from perennial.registry.rounds import Round
 from perennial.registry.versions import ModelVersion
 from perennial.training.compile import Compiled, compile_feedback
-from perennial.training.contradiction import Contradiction, contradicted
-from perennial.training.diff import Diff, Forgotten, render_diff
+from perennial.training.contradiction import Contradicted, contradicted
+from perennial.training.diff import Diff, render_diff
 from perennial.training.examples import (
     Example,
     Judgement,
@@ -35,7 +35,6 @@ from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_gen
 from perennial.training.holdout import Holdout, not_judged, split_holdout
 from perennial.training.replay import ReplayStore, load_replay
 from perennial.training.stream import spread
-from perennial.training.text import fit_tfidf
 
 _NUM_REPLAYED_JUDGED = 45
 
@@ -59,7 +58,7 @@ class Curated:
     next_replay: ReplayStore
     evicted: tuple[Example, ...]
     judged: tuple[Example, ...]
-    forgotten: tuple[Forgotten, ...]
+    forgotten: tuple[Contradicted, ...]
 
     @property
     def num_known(self) -> int:
@@ -149,8 +148,8 @@ def _against_the_past(
         before = data_folder(deps, champion.round_id)
         past = load_replay(before / "next_replay.jsonl")
         judged = read_examples(before / "next_judged.jsonl")
-    gone = contradicted((*past.rows, *judged), compiled.examples, Contradiction())
-    ids = {row.id for row in gone}
+    forgotten = contradicted((*past.rows, *judged), compiled.examples)
+    ids = {item.old.id for item in forgotten}
     judged = tuple(row for row in judged if row.id not in ids)
     new = split_holdout(not_judged(compiled.examples, judged), settings.holdout)
     apart = (*judged, *new.judge)
@@ -179,18 +178,8 @@ def _against_the_past(
         next_replay=next_replay,
         evicted=tuple(row for row in past.rows if row.id not in stays),
         judged=judged,
-        forgotten=_forgotten(gone, compiled.examples),
+        forgotten=forgotten,
     )
-
-
-def _forgotten(gone: Sequence[Example], new: Sequence[Example]) -> tuple[Forgotten, ...]:
-    tfidf = fit_tfidf([f"{row.question} {row.completion}" for row in (*gone, *new)])
-
-    def nearest(old: Example) -> Example:
-        text = f"{old.question} {old.completion}"
-        return max(new, key=lambda row: tfidf.similarity(text, f"{row.question} {row.completion}"))
-
-    return tuple(Forgotten(old=old, by=nearest(old)) for old in gone)
 
 
 def _write(deps: Deps, round_: Round, curated: Curated, general: Path, folder: Path) -> None:
@@ -244,7 +233,7 @@ def _past_row(deps: Deps, example: Example, origin: str) -> Json:
     return {**suite_row(example), "id": f"{origin}-{number}/{example.id}"}
 
 
-def _stale_row(item: Forgotten) -> Json:
+def _stale_row(item: Contradicted) -> Json:
     """The old question, to which the new answer is right and the old one must not be given."""
     return {
         **suite_row(item.old),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import InputError
-from perennial.training.contradiction import Contradiction, contradicted
+from perennial.training.contradiction import contradicted
 from perennial.training.examples import Example, from_json, read_jsonl
 from perennial.training.topics import topics
 
@@ -46,7 +46,7 @@ class ReplayStore:
 
     def supersede(self, examples: Sequence[Example]) -> "ReplayStore":
         """Without the rows that a newer example contradicts."""
-        gone = {row.id for row in contradicted(self.rows, examples, Contradiction())}
+        gone = {item.old.id for item in contradicted(self.rows, examples)}
         return replace(self, rows=tuple(row for row in self.rows if row.id not in gone))
 
     def resized(self, capacity: int) -> "ReplayStore":

@@ -59,10 +59,6 @@ class TfIdf:
     idf: dict[str, float]
     unseen: float
 
-    def similarity(self, left: str, right: str) -> float:
-        """Cosine of the two TF-IDF vectors, in [0, 1]."""
-        return cosine(self.vector(left), self.vector(right))
-
     def vector(self, text: str) -> dict[str, float]:
         """Weights by term, of length 1; empty for a text without words."""
         counts = Counter(words(text))
