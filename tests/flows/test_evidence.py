@@ -119,6 +119,20 @@ def test_a_suite_of_which_no_row_could_be_scored_keeps_the_candidate_out(deps: D
     assert "retained: 0 rows are insufficient, 6 are needed." in unmet
 
 
+def test_an_answer_of_several_lines_is_one_result(tmp_path: Path) -> None:
+    answer = "one\u2028two\u2029three\x85four"
+    write_suite(tmp_path / "suites" / "target.jsonl", [suite_row(example(1))])
+    (tmp_path / "scores").mkdir()
+    result = {"id": example(1).id, "cluster": "c", "answer": answer, "nll": 1.0}
+    write_suite(tmp_path / "scores" / "candidate" / "target.jsonl", [result])
+
+    (found,) = evidence.read_rows(
+        tmp_path / "scores", tmp_path / "suites", "rnd_1", {"candidate": "v1"}
+    )
+
+    assert found.answer == answer
+
+
 @pytest.mark.slow
 def test_a_reviewer_sees_what_was_too_long_and_what_it_was_compared_with(
     deps: Deps, tmp_path: Path

@@ -11,6 +11,11 @@ def test_clean_removes_hidden_characters_and_composes() -> None:
     assert clean(" one\r\ntwo\t ") == "one\ntwo"
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_every_line_of_a_clean_text_ends_in_a_line_feed(end: str) -> None:
+    assert clean(f"one{end}two{end}{end}") == "one\ntwo"
+
+
 @given(st.text())
 def test_clean_is_idempotent_and_encodable(text: str) -> None:
     once = clean(text)
