@@ -19,7 +19,7 @@ from perennial.infra.artifacts import Manifest, publish
 from perennial.infra.settings import Settings
 from perennial.registry.rounds import Round
 from perennial.registry.versions import ModelVersion
-from perennial.training.compile import Compiled, compile_feedback
+from perennial.training.compile import Compiled, compile_feedback, with_enough
 from perennial.training.contradiction import Contradicted, contradicted
 from perennial.training.diff import Diff, render_diff
 from perennial.training.examples import (
@@ -46,27 +46,20 @@ class Curated:
     """Everything that a round trains and is judged on.
 
     `judged` are rows of past rounds to judge by, `dev` rows to choose a blend by; nothing that asks
-    what they ask is trained on.
+    what they ask is trained on. `compiled` has the pairs and judgements that are left without it,
+    and every example. num_known: compiled rows that are left out because they ask what is judged
+    by.
     """
 
     compiled: Compiled
     new: Holdout
-    pairs: tuple[Pair, ...]
-    judgements: tuple[Judgement, ...]
+    num_known: int
     replay: ReplayStore
     dev: tuple[Example, ...]
     next_replay: ReplayStore
     evicted: tuple[Example, ...]
     judged: tuple[Example, ...]
     forgotten: tuple[Contradicted, ...]
-
-    @property
-    def num_known(self) -> int:
-        """Compiled rows that are left out because they ask what is judged by."""
-        made = (self.compiled.examples, self.compiled.pairs, self.compiled.judgements)
-        dev = [row for row in self.dev if row.kind != "replay"]
-        used = (self.new.train, self.new.judge, dev, self.pairs, self.judgements)
-        return sum(map(len, made)) - sum(map(len, used))
 
 
 def curate(
@@ -132,22 +125,12 @@ def write_suite(path: Path, rows: Sequence[Json]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def of_both_labels(judgements: tuple[Judgement, ...]) -> tuple[Judgement, ...]:
-    """None, when what is kept apart to judge by took all of one label."""
-    return judgements if len({row.label for row in judgements}) == 2 else ()
-
-
 def _against_the_past(
     deps: Deps, round_: Round, champion: ModelVersion | None, compiled: Compiled
 ) -> Curated:
     """New rows apart from those to judge by, and the past without what they contradict."""
     settings = deps.settings.training
-    past = ReplayStore(capacity=settings.replay_rows, seed=0)
-    judged: tuple[Example, ...] = ()
-    if champion is not None:
-        before = data_folder(deps, champion.round_id)
-        past = load_replay(before / "next_replay.jsonl")
-        judged = read_examples(before / "next_judged.jsonl")
+    past, judged = _left_by(deps, champion)
     forgotten = contradicted((*past.rows, *judged), compiled.examples)
     ids = {item.old.id for item in forgotten}
     judged = tuple(row for row in judged if row.id not in ids)
@@ -168,11 +151,15 @@ def _against_the_past(
             replace(replay, rows=not_judged(replay.rows, dev)),
         )
     untold = (*apart, *dev)
-    return Curated(
-        compiled=compiled,
-        new=new,
+    told = replace(
+        compiled,
         pairs=not_judged(compiled.pairs, untold),
-        judgements=of_both_labels(not_judged(compiled.judgements, untold)),
+        judgements=not_judged(compiled.judgements, untold),
+    )
+    return Curated(
+        compiled=with_enough(told, to_limits(settings)),
+        new=new,
+        num_known=_num_known(compiled, untold),
         replay=replay,
         dev=dev,
         next_replay=next_replay,
@@ -182,12 +169,28 @@ def _against_the_past(
     )
 
 
+def _left_by(deps: Deps, champion: ModelVersion | None) -> tuple[ReplayStore, tuple[Example, ...]]:
+    """What the champion's round left to replay, and to judge by."""
+    if champion is None:
+        return ReplayStore(capacity=deps.settings.training.replay_rows, seed=0), ()
+    before = data_folder(deps, champion.round_id)
+    return load_replay(before / "next_replay.jsonl"), read_examples(before / "next_judged.jsonl")
+
+
+def _num_known(compiled: Compiled, untold: Sequence[Example]) -> int:
+    """How many rows ask what is kept apart, those that are kept apart not counted."""
+    made = (compiled.examples, compiled.pairs, compiled.judgements)
+    num_asking = sum(len(rows) - len(not_judged(rows, untold)) for rows in made)
+    apart = {row.id for row in untold}
+    return num_asking - sum(row.id in apart for row in compiled.examples)
+
+
 def _write(deps: Deps, round_: Round, curated: Curated, general: Path, folder: Path) -> None:
     probe = load_general(deps.settings.training.probe_file or PACKAGED_PROBE)
     files: dict[str, Sequence[Example | Pair | Judgement]] = {
         "train": curated.new.train,
-        "pairs": curated.pairs,
-        "judgements": curated.judgements,
+        "pairs": curated.compiled.pairs,
+        "judgements": curated.compiled.judgements,
         "replay": curated.replay.rows,
         "dev": curated.dev,
         "general": [_general(i, *pair) for i, pair in enumerate(load_general(general))],
@@ -259,8 +262,8 @@ def _diff(round_: Round, curated: Curated) -> Diff:
         title=f"Training rows of round {round_.number}",
         compiled=curated.compiled,
         added=curated.new.train,
-        pairs=curated.pairs,
-        judgements=curated.judgements,
+        pairs=curated.compiled.pairs,
+        judgements=curated.compiled.judgements,
         judge=curated.new.judge,
         num_known=curated.num_known,
         kept=curated.replay.rows,

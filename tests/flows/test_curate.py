@@ -134,6 +134,38 @@ def test_a_round_writes_rows_of_every_kind_and_says_what_it_did(tmp_path: Path) 
     assert "comments and labels are for people to read" in text
 
 
+def test_pairs_and_judgements_are_counted_without_those_that_are_judged_by(tmp_path: Path) -> None:
+    rows = [
+        judged(n, f"Who mends {name}{n}?", "Nobody.", Implicit(action="edit", text=f"{name} {n}."))
+        for n, name in enumerate((*NAMES, *NAMES[:6]))
+    ]
+    rows += [
+        judged(40 + n, row.interaction.messages[0].content, f"No {n}.", Binary(value=False))
+        for n, row in enumerate(rows)
+        if row.interaction
+    ]
+    rows += [
+        judged(80 + n, f"Is there a {name} {n}?", f"Yes {n}.", Binary(value=True))
+        for n, name in enumerate(NAMES * 2)
+    ]
+    some = deps(tmp_path, rows)
+    folder = data_folder(some, "rnd_1")
+
+    curate(some, a_round(1), None, tmp_path / "general.jsonl", folder)
+
+    num_apart = len(read_examples(folder / "next_judged.jsonl"))
+    left = 16 - num_apart
+    assert 0 < num_apart < 16
+    assert read_pairs(folder / "pairs.jsonl") == ()
+    assert read_judgements(folder / "judgements.jsonl") == ()
+    text = (folder / "diff.md").read_text()
+    assert f"No pairs are trained on: {left}, fewer than 16." in text
+    few = f"20 desirable and {left} undesirable, fewer than 16 of one"
+    assert f"No judgements are trained on: {few}." in text
+    assert f"| left out, they ask what is judged by | {2 * num_apart} |" in text
+    assert json.loads((folder / "counts.json").read_bytes())["dropped"] == {"too_few": 20 + left}
+
+
 def test_the_next_round_trains_on_nothing_that_is_judged_by(tmp_path: Path) -> None:
     some = deps(tmp_path, first_round())
     curate(some, a_round(1), None, tmp_path / "general.jsonl", data_folder(some, "rnd_1"))

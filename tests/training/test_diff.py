@@ -1,4 +1,4 @@
-from perennial.training.compile import Compiled, Drop, LeftOut
+from perennial.training.compile import Compiled, Drop, LeftOutKind
 from perennial.training.contradiction import Contradicted
 from perennial.training.diff import Diff, render_diff
 from perennial.training.examples import Judgement, Pair
@@ -24,7 +24,7 @@ def test_the_diff_says_what_is_added_kept_and_dropped_and_why() -> None:
         diff(
             compiled=Compiled(
                 drops={"fb_1": Drop.SUBJECT_CAP, "fb_2": Drop.SUBJECT_CAP},
-                left_out=(LeftOut(rows="pairs", reason="2, fewer than 16"),),
+                left_out=(LeftOutKind(rows="pairs", reason="2, fewer than 16"),),
             ),
             added=(example(1),),
             pairs=(Pair(id="p", messages=USER, chosen="Marit", rejected="Otto"),),
