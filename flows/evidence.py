@@ -175,13 +175,17 @@ def _suite(name: str, rows: Sequence[Evaluation], champion: str, candidate: str)
 
 
 def _attempt(deps: Deps, round_: Round) -> int:
-    """Which candidate this is since the last promotion: holdouts overlap between them."""
+    """Which candidate this is since the last promotion: holdouts overlap between them.
+
+    A round that had nothing to train on had no candidate.
+    """
     rounds = [r for r in deps.ledger.list_rounds(round_.task) if r.number < round_.number]
     attempt = 1
     for earlier in sorted(rounds, key=lambda r: r.number, reverse=True):
         if earlier.state is not RoundState.REJECTED:
             break
-        attempt += 1
+        if "register" in deps.ledger.steps(earlier.id):
+            attempt += 1
     return attempt
 
 
