@@ -172,7 +172,7 @@ def _against_the_past(
 def _left_by(deps: Deps, champion: ModelVersion | None) -> tuple[ReplayStore, tuple[Example, ...]]:
     """What the champion's round left to replay, and to judge by."""
     if champion is None:
-        return ReplayStore(capacity=deps.settings.training.replay_rows, seed=0), ()
+        return ReplayStore(capacity=deps.settings.training.replay_rows), ()
     before = data_folder(deps, champion.round_id)
     return load_replay(before / "next_replay.jsonl"), read_examples(before / "next_judged.jsonl")
 

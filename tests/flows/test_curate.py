@@ -260,7 +260,7 @@ def second_round(home: Path, num_past: int, capacity: int, **environment: str) -
     some = deps(home, [fresh], **environment)
     past = data_folder(some, "rnd_1")
     write_examples(past / "next_judged.jsonl", ())
-    store = ReplayStore(capacity=capacity, seed=0)
+    store = ReplayStore(capacity=capacity)
     store.add([remembered(n) for n in range(num_past)], "rnd_1").save(past / "next_replay.jsonl")
     champion: Any = SimpleNamespace(round_id="rnd_1")
     curate(some, a_round(2), champion, home / "general.jsonl", data_folder(some, "rnd_2"))
@@ -281,7 +281,7 @@ def test_replay_shrinks_to_the_setting_of_now_and_the_diff_says_so(tmp_path: Pat
     folder = second_round(tmp_path, num_past=20, capacity=100, **small)
 
     replayed = read_examples(folder / "replay.jsonl")
-    smaller = ReplayStore(capacity=8, seed=0).add([remembered(n) for n in range(20)], "rnd_1")
+    smaller = ReplayStore(capacity=8).add([remembered(n) for n in range(20)], "rnd_1")
     assert replayed == smaller.rows
     kept = load_replay(folder / "next_replay.jsonl")
     assert (kept.capacity, len(kept.rows)) == (8, 8)

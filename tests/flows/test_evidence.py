@@ -166,7 +166,7 @@ def test_a_round_of_which_all_is_judged_by_makes_way_for_the_next(deps: Deps) ->
     champion = candidate(deps, begun(deps, 1, None, [example(1)]), "base", None)
     data = data_folder(deps, champion.round_id)
     write_examples(data / "next_judged.jsonl", [example(2)])
-    ReplayStore(capacity=9, seed=0).save(data / "next_replay.jsonl")
+    ReplayStore(capacity=9).save(data / "next_replay.jsonl")
     corrected(deps, example(2))
 
     first, is_empty = curated(deps, champion, "2")
