@@ -16,7 +16,7 @@ from perennial.flows.detect import cutoff
 from perennial.flows.mapping import to_feedback_rows, to_limits
 from perennial.flows.wiring import Deps
 from perennial.infra.artifacts import Manifest, publish
-from perennial.infra.settings import Settings
+from perennial.infra.settings import Settings, TrainingSettings
 from perennial.registry.rounds import Round
 from perennial.registry.versions import ModelVersion
 from perennial.training.compile import Compiled, compile_feedback, with_enough
@@ -46,9 +46,8 @@ class Curated:
     """Everything that a round trains and is judged on.
 
     `judged` are rows of past rounds to judge by, `dev` rows to choose a blend by; nothing that asks
-    what they ask is trained on. `compiled` has the pairs and judgements that are left without it,
-    and every example. num_known: compiled rows that are left out because they ask what is judged
-    by.
+    what they ask is trained on. `compiled` is what is left without it, num_known how many rows
+    were left out for it.
     """
 
     compiled: Compiled
@@ -142,25 +141,20 @@ def _against_the_past(
     replay = past.resized(settings.replay_rows)
     next_replay = replay.add(new.train, round_.id)
     stays = {row.id for row in next_replay.rows}
-    dev: tuple[Example, ...] = ()
-    if champion is not None and settings.overrides.get("start") == "blend":
-        parts = [split_holdout(rows, settings.holdout) for rows in (new.train, replay.rows)]
-        dev = tuple(row for part in parts for row in part.judge)
-        new, replay = (
-            replace(new, train=not_judged(new.train, dev)),
-            replace(replay, rows=not_judged(replay.rows, dev)),
-        )
+    dev = () if champion is None else _to_blend_by(settings, new.train, replay.rows)
     untold = (*apart, *dev)
     told = replace(
         compiled,
+        examples=not_judged(compiled.examples, untold),
         pairs=not_judged(compiled.pairs, untold),
         judgements=not_judged(compiled.judgements, untold),
     )
+    own = {row.id for row in compiled.examples} & {row.id for row in untold}
     return Curated(
         compiled=with_enough(told, to_limits(settings)),
-        new=new,
-        num_known=_num_known(compiled, untold),
-        replay=replay,
+        new=replace(new, train=told.examples),
+        num_known=_size(compiled) - _size(told) - len(own),
+        replay=replace(replay, rows=not_judged(replay.rows, dev)),
         dev=dev,
         next_replay=next_replay,
         evicted=tuple(row for row in past.rows if row.id not in stays),
@@ -177,12 +171,18 @@ def _left_by(deps: Deps, champion: ModelVersion | None) -> tuple[ReplayStore, tu
     return load_replay(before / "next_replay.jsonl"), read_examples(before / "next_judged.jsonl")
 
 
-def _num_known(compiled: Compiled, untold: Sequence[Example]) -> int:
-    """How many rows ask what is kept apart, those that are kept apart not counted."""
-    made = (compiled.examples, compiled.pairs, compiled.judgements)
-    num_asking = sum(len(rows) - len(not_judged(rows, untold)) for rows in made)
-    apart = {row.id for row in untold}
-    return num_asking - sum(row.id in apart for row in compiled.examples)
+def _to_blend_by(
+    settings: TrainingSettings, new: Sequence[Example], past: Sequence[Example]
+) -> tuple[Example, ...]:
+    """Rows to choose a blend of two adapters by, where the recipe asks for one."""
+    if settings.overrides.get("start") != "blend":
+        return ()
+    parts = [split_holdout(rows, settings.holdout) for rows in (new, past)]
+    return tuple(row for part in parts for row in part.judge)
+
+
+def _size(compiled: Compiled) -> int:
+    return len(compiled.examples) + len(compiled.pairs) + len(compiled.judgements)
 
 
 def _write(deps: Deps, round_: Round, curated: Curated, general: Path, folder: Path) -> None:

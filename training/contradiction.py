@@ -96,7 +96,7 @@ def _said_otherwise(
     old: _Statement, news: Sequence[_Statement], beside: Sequence[_Statement]
 ) -> Mapping[str, Example]:
     """The nearest of `news` by id of a row of `old`, if none of those `beside` is about it too."""
-    found = {}
+    found: dict[str, Example] = {}
     for part in _parts(old):
         nearest = max(news, key=lambda other: _alike(part, other), default=None)
         if nearest is None or not _alike(part, nearest):
