@@ -42,7 +42,6 @@ from perennial.training.stream import (
     read_stream,
     spread,
 )
-from perennial.training.text import clean
 from perennial.training.tokens import encode_example, encode_text
 
 _MODEL = "model"  # the one adapter, or the base, of an evaluation
@@ -308,14 +307,10 @@ def _read(settings: Settings, request: Request) -> _Rows:
 
 
 def _general(path: Path, max_rows: int | None) -> tuple[Example, ...]:
-    pairs = [(clean(prompt), clean(answer)) for prompt, answer in load_general(path)]
     rows = tuple(
         Example(id=f"general-{i}", messages=(("user", asked),), completion=told, kind="general")
-        for i, (asked, told) in enumerate(pairs)
-        if asked and told
+        for i, (asked, told) in enumerate(load_general(path))
     )
-    if not rows:
-        raise InputError(f"{path} has no general row with a prompt and an answer", path=str(path))
     return spread(rows, max_rows)
 
 

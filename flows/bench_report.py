@@ -33,6 +33,7 @@ from perennial.training.continual import (
     measure,
     r_matrix,
 )
+from perennial.training.examples import read_jsonl
 from perennial.training.grading import grade, has_stale, rouge_l
 from perennial.training.search import on_front
 from perennial.training.stream import Order, Task
@@ -136,7 +137,7 @@ def _stale(task: Task, answers: Sequence[str]) -> Floats:
 
 
 def _general(bench: Bench, step: Step) -> General:
-    rows = _rows(bench.result(step) / f"{GENERAL}.jsonl")
+    rows = read_jsonl(bench.result(step) / f"{GENERAL}.jsonl")
     answers = zip(rows, bench.probe, strict=True)
     return General(
         nll_N=np.array([row["nll"] for row in rows]),
@@ -147,11 +148,7 @@ def _general(bench: Bench, step: Step) -> General:
 
 
 def _answers(path: Path) -> list[str]:
-    return [row["answer"] for row in _rows(path)]
-
-
-def _rows(path: Path) -> list[Json]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row["answer"] for row in read_jsonl(path)]
 
 
 def _costs(bench: Bench, name: str) -> dict[str, Any]:  # Any: fields of Measured

@@ -16,12 +16,12 @@ from perennial.flows.mapping import to_feedback_rows, to_limits
 from perennial.flows.processes import Json
 from perennial.flows.wiring import Deps
 from perennial.infra.artifacts import Manifest, publish
-from perennial.infra.settings import Settings
+from perennial.infra.settings import Settings, TrainingSettings
 from perennial.registry.rounds import Round
 from perennial.registry.versions import ModelVersion
-from perennial.training.compile import Compiled, compile_feedback
-from perennial.training.contradiction import Contradiction, contradicted
-from perennial.training.diff import Diff, Forgotten, render_diff
+from perennial.training.compile import Compiled, compile_feedback, with_enough
+from perennial.training.contradiction import Contradicted, contradicted
+from perennial.training.diff import Diff, render_diff
 from perennial.training.examples import (
     Example,
     Judgement,
@@ -35,7 +35,6 @@ from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_gen
 from perennial.training.holdout import Holdout, not_judged, split_holdout
 from perennial.training.replay import ReplayStore, load_replay
 from perennial.training.stream import spread
-from perennial.training.text import fit_tfidf
 
 _NUM_REPLAYED_JUDGED = 45
 
@@ -45,27 +44,19 @@ class Curated:
     """Everything that a round trains and is judged on.
 
     `judged` are rows of past rounds to judge by, `dev` rows to choose a blend by; nothing that asks
-    what they ask is trained on.
+    what they ask is trained on. `compiled` is what is left without it, num_known how many rows
+    were left out for it.
     """
 
     compiled: Compiled
     new: Holdout
-    pairs: tuple[Pair, ...]
-    judgements: tuple[Judgement, ...]
+    num_known: int
     replay: ReplayStore
     dev: tuple[Example, ...]
     next_replay: ReplayStore
     evicted: tuple[Example, ...]
     judged: tuple[Example, ...]
-    forgotten: tuple[Forgotten, ...]
-
-    @property
-    def num_known(self) -> int:
-        """Compiled rows that are left out because they ask what is judged by."""
-        made = (self.compiled.examples, self.compiled.pairs, self.compiled.judgements)
-        dev = [row for row in self.dev if row.kind != "replay"]
-        used = (self.new.train, self.new.judge, dev, self.pairs, self.judgements)
-        return sum(map(len, made)) - sum(map(len, used))
+    forgotten: tuple[Contradicted, ...]
 
 
 def curate(
@@ -131,69 +122,73 @@ def write_suite(path: Path, rows: Sequence[Json]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def of_both_labels(judgements: tuple[Judgement, ...]) -> tuple[Judgement, ...]:
-    """None, when what is kept apart to judge by took all of one label."""
-    return judgements if len({row.label for row in judgements}) == 2 else ()
-
-
 def _against_the_past(
     deps: Deps, round_: Round, champion: ModelVersion | None, compiled: Compiled
 ) -> Curated:
     """New rows apart from those to judge by, and the past without what they contradict."""
     settings = deps.settings.training
-    past = ReplayStore(capacity=settings.replay_rows, seed=0)
-    judged: tuple[Example, ...] = ()
-    if champion is not None:
-        before = data_folder(deps, champion.round_id)
-        past = load_replay(before / "next_replay.jsonl")
-        judged = read_examples(before / "next_judged.jsonl")
-    gone = contradicted((*past.rows, *judged), compiled.examples, Contradiction())
-    ids = {row.id for row in gone}
+    past, judged = _left_by(deps, champion)
+    forgotten = contradicted((*past.rows, *judged), compiled.examples)
+    ids = {item.old.id for item in forgotten}
     judged = tuple(row for row in judged if row.id not in ids)
-    past = replace(past, rows=tuple(row for row in past.rows if row.id not in ids))
-    replay = past.resized(settings.replay_rows)
     new = split_holdout(not_judged(compiled.examples, judged), settings.holdout)
     apart = (*judged, *new.judge)
+    # A question that users ask again may be among those to judge by now.
+    stay = not_judged([row for row in past.rows if row.id not in ids], apart)
+    past = replace(past, rows=stay)
+    replay = past.resized(settings.replay_rows)
     next_replay = replay.add(new.train, round_.id)
     stays = {row.id for row in next_replay.rows}
-    dev: tuple[Example, ...] = ()
-    if champion is not None and settings.overrides.get("start") == "blend":
-        for_new, for_past = (
-            split_holdout(rows, settings.holdout) for rows in (new.train, replay.rows)
-        )
-        new, replay = replace(new, train=for_new.train), replace(replay, rows=for_past.train)
-        dev = (*for_new.judge, *for_past.judge)
+    dev = () if champion is None else _to_blend_by(settings, new.train, replay.rows)
     untold = (*apart, *dev)
-    return Curated(
-        compiled=compiled,
-        new=new,
+    told = replace(
+        compiled,
+        examples=not_judged(compiled.examples, untold),
         pairs=not_judged(compiled.pairs, untold),
-        judgements=of_both_labels(not_judged(compiled.judgements, untold)),
-        replay=replay,
+        judgements=not_judged(compiled.judgements, untold),
+    )
+    own = {row.id for row in compiled.examples} & {row.id for row in untold}
+    return Curated(
+        compiled=with_enough(told, to_limits(settings)),
+        new=replace(new, train=told.examples),
+        num_known=_size(compiled) - _size(told) - len(own),
+        replay=replace(replay, rows=not_judged(replay.rows, dev)),
         dev=dev,
         next_replay=next_replay,
         evicted=tuple(row for row in past.rows if row.id not in stays),
         judged=judged,
-        forgotten=_forgotten(gone, compiled.examples),
+        forgotten=forgotten,
     )
 
 
-def _forgotten(gone: Sequence[Example], new: Sequence[Example]) -> tuple[Forgotten, ...]:
-    tfidf = fit_tfidf([f"{row.question} {row.completion}" for row in (*gone, *new)])
+def _left_by(deps: Deps, champion: ModelVersion | None) -> tuple[ReplayStore, tuple[Example, ...]]:
+    """What the champion's round left to replay, and to judge by."""
+    if champion is None:
+        return ReplayStore(capacity=deps.settings.training.replay_rows), ()
+    before = data_folder(deps, champion.round_id)
+    return load_replay(before / "next_replay.jsonl"), read_examples(before / "next_judged.jsonl")
 
-    def nearest(old: Example) -> Example:
-        text = f"{old.question} {old.completion}"
-        return max(new, key=lambda row: tfidf.similarity(text, f"{row.question} {row.completion}"))
 
-    return tuple(Forgotten(old=old, by=nearest(old)) for old in gone)
+def _to_blend_by(
+    settings: TrainingSettings, new: Sequence[Example], past: Sequence[Example]
+) -> tuple[Example, ...]:
+    """Rows to choose a blend of two adapters by, where the recipe asks for one."""
+    if settings.overrides.get("start") != "blend":
+        return ()
+    parts = [split_holdout(rows, settings.holdout) for rows in (new, past)]
+    return tuple(row for part in parts for row in part.judge)
+
+
+def _size(compiled: Compiled) -> int:
+    return len(compiled.examples) + len(compiled.pairs) + len(compiled.judgements)
 
 
 def _write(deps: Deps, round_: Round, curated: Curated, general: Path, folder: Path) -> None:
     probe = load_general(deps.settings.training.probe_file or PACKAGED_PROBE)
     files: dict[str, Sequence[Example | Pair | Judgement]] = {
         "train": curated.new.train,
-        "pairs": curated.pairs,
-        "judgements": curated.judgements,
+        "pairs": curated.compiled.pairs,
+        "judgements": curated.compiled.judgements,
         "replay": curated.replay.rows,
         "dev": curated.dev,
         "general": [_general(i, *pair) for i, pair in enumerate(load_general(general))],
@@ -239,7 +234,7 @@ def _past_row(deps: Deps, example: Example, origin: str) -> Json:
     return {**suite_row(example), "id": f"{origin}-{number}/{example.id}"}
 
 
-def _stale_row(item: Forgotten) -> Json:
+def _stale_row(item: Contradicted) -> Json:
     """The old question, to which the new answer is right and the old one must not be given."""
     return {
         **suite_row(item.old),
@@ -265,8 +260,8 @@ def _diff(round_: Round, curated: Curated) -> Diff:
         title=f"Training rows of round {round_.number}",
         compiled=curated.compiled,
         added=curated.new.train,
-        pairs=curated.pairs,
-        judgements=curated.judgements,
+        pairs=curated.compiled.pairs,
+        judgements=curated.compiled.judgements,
         judge=curated.new.judge,
         num_known=curated.num_known,
         kept=curated.replay.rows,

@@ -24,6 +24,7 @@ from perennial.registry.plots import LossPoint, plot_gain, plot_loss, plot_r_mat
 from perennial.registry.rounds import Round, RoundState
 from perennial.registry.versions import ModelVersion
 from perennial.training.diff import render_left_out
+from perennial.training.examples import read_jsonl
 from perennial.training.grading import EvalRow, read_suite
 from perennial.training.progress import read_progress
 
@@ -54,8 +55,7 @@ def read_rows(
     for model, version in names.items():
         for path in sorted((out / model).glob("*.jsonl")):
             asked = {row.id: row for row in read_suite(suites / path.name)}
-            for line in path.read_text(encoding="utf-8").splitlines():
-                result = json.loads(line)
+            for result in read_jsonl(path):
                 yield Evaluation(
                     round_id=round_id,
                     suite=path.stem,
@@ -175,13 +175,17 @@ def _suite(name: str, rows: Sequence[Evaluation], champion: str, candidate: str)
 
 
 def _attempt(deps: Deps, round_: Round) -> int:
-    """Which candidate this is since the last promotion: holdouts overlap between them."""
+    """Which candidate this is since the last promotion: holdouts overlap between them.
+
+    A round that had nothing to train on had no candidate.
+    """
     rounds = [r for r in deps.ledger.list_rounds(round_.task) if r.number < round_.number]
     attempt = 1
     for earlier in sorted(rounds, key=lambda r: r.number, reverse=True):
         if earlier.state is not RoundState.REJECTED:
             break
-        attempt += 1
+        if "register" in deps.ledger.steps(earlier.id):
+            attempt += 1
     return attempt
 
 

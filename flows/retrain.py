@@ -25,6 +25,8 @@ from perennial.registry.version_store import Member
 from perennial.registry.versions import ModelVersion, NewVersion
 from perennial.training.job import left_by
 
+_NEW = ("train", "pairs", "judgements")
+
 
 @flow(name="retrain")
 def retrain(task_name: str) -> str:
@@ -50,6 +52,8 @@ def retrain_round(deps: Deps, round_: Round) -> None:
     with leased(deps.ledger, round_.id, deps.settings.home) as steps:
         champion = note_champion(deps, steps, round_)
         data = curate_rows(deps, steps, round_, champion)
+        if close_if_empty(deps, steps, round_):
+            return
         trained = train_adapter(deps, steps, round_, data, champion)
         version = name_version(deps, round_, data, trained, champion)
         scored = evaluate_models(deps, steps, round_, data, version, champion)
@@ -99,6 +103,21 @@ def curate_rows(deps: Deps, steps: Steps, round_: Round, champion: ModelVersion 
         return {"digest": manifest.digest, **counts}
 
     return steps.once("curate", {"round": round_.id}, work)
+
+
+@transient_task("close")
+def close_if_empty(deps: Deps, steps: Steps, round_: Round) -> bool:
+    """Whether the round has nothing to train on, and so is rejected.
+
+    Its rows stay as they are: every later run would fail, and the task would have no other round.
+    """
+    new = [data_folder(deps, round_.id) / f"{name}.jsonl" for name in _NEW]
+    if "train" in deps.ledger.steps(round_.id) or any(path.stat().st_size for path in new):
+        return False
+    page = new[0].with_name("diff.md")
+    reason = f"No new row is left to train on: each is judged by, dropped or erased; see {page}."
+    deps.ledger.close_round(steps.lease, RoundState.REJECTED, [reason])
+    return True
 
 
 @transient_task("train")

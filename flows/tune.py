@@ -18,7 +18,7 @@ from rich.console import Console
 
 from perennial.flows.bench import Execute, computed_by
 from perennial.flows.bench_board import StepBoard
-from perennial.flows.curate import data_folder, of_both_labels, suite_row, write_suite
+from perennial.flows.curate import data_folder, suite_row, write_suite
 from perennial.flows.evidence import champion_of
 from perennial.flows.processes import Json
 from perennial.flows.retrain import training_job
@@ -274,9 +274,7 @@ def _write_rows(data: Path, work: Path) -> dict[str, int]:
         "replay": not_judged(read_examples(data / "replay.jsonl"), new.judge),
         "general": not_judged(general.train, general.judge),
         "pairs": not_judged(read_pairs(data / "pairs.jsonl"), new.judge),
-        "judgements": of_both_labels(
-            not_judged(read_judgements(data / "judgements.jsonl"), new.judge)
-        ),
+        "judgements": not_judged(read_judgements(data / "judgements.jsonl"), new.judge),
         "dev": not_judged(read_examples(data / "dev.jsonl"), new.judge),
     }
     for name, rows in files.items():

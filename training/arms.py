@@ -129,7 +129,7 @@ class Step:
 
 def course(tasks: Sequence[Task], replay_rows: int) -> Course:
     """The rows of each round, as a product that keeps `replay_rows` would have them."""
-    memory = ReplayStore(capacity=replay_rows, seed=0)
+    memory = ReplayStore(capacity=replay_rows)
     past = []
     for task in tasks:
         past.append(memory.supersede(_examples(task)).rows)

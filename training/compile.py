@@ -103,7 +103,7 @@ class CompileLimits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LeftOut:
+class LeftOutKind:
     """A kind of row that the round trains nothing of, and why."""
 
     rows: Literal["pairs", "judgements"]
@@ -122,7 +122,7 @@ class Compiled:
     pairs: tuple[Pair, ...] = ()
     judgements: tuple[Judgement, ...] = ()
     drops: Mapping[str, Drop] = field(default_factory=dict)
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[LeftOutKind, ...] = ()
 
     @property
     def num_dropped(self) -> Mapping[Drop, int]:
@@ -139,7 +139,10 @@ class ClassWeights:
 
 
 def compile_feedback(rows: Iterable[FeedbackRow], limits: CompileLimits) -> Compiled:
-    """The rows that feedback teaches; equal for any order of `rows`."""
+    """The rows that feedback teaches; equal for any order of `rows`.
+
+    `with_enough` leaves out what is too few, once it is known what is kept apart to judge by.
+    """
     drops: dict[str, Drop] = {}
     ordered = sorted({row.event_id: row for row in rows}.values(), key=_age)
     usable = _capped(_usable(ordered, limits, drops), limits, drops)
@@ -148,8 +151,37 @@ def compile_feedback(rows: Iterable[FeedbackRow], limits: CompileLimits) -> Comp
     examples = _distinct(_newest_answers(written, drops), limits, drops)
     judgements = _distinct(_newest_labels(judged, examples, drops), limits, drops)
     pairs = _pairs(examples, {row.event_id: row for row in written})
-    compiled = Compiled(examples=tuple(examples), pairs=tuple(pairs), judgements=tuple(judgements))
-    return _with_enough(replace(compiled, drops=drops), limits)
+    return Compiled(
+        examples=tuple(examples),
+        pairs=tuple(pairs),
+        judgements=tuple(judgements),
+        drops=MappingProxyType(drops),
+    )
+
+
+def with_enough(compiled: Compiled, limits: CompileLimits) -> Compiled:
+    """Without the kinds of row that there are too few of; an edit still teaches as an example."""
+    drops, left_out = dict(compiled.drops), []
+    pairs, judgements = compiled.pairs, compiled.judgements
+    if pairs and len(pairs) < limits.min_pairs:
+        reason = f"{len(pairs)}, fewer than {limits.min_pairs}"
+        left_out.append(LeftOutKind(rows="pairs", reason=reason))
+        pairs = ()
+    labels = Counter(row.label for row in judgements)
+    if judgements and min(labels["desirable"], labels["undesirable"]) < limits.min_of_label:
+        counts = f"{labels['desirable']} desirable and {labels['undesirable']} undesirable"
+        reason = f"{counts}, fewer than {limits.min_of_label} of one"
+        left_out.append(LeftOutKind(rows="judgements", reason=reason))
+        events = (origin.event_id for row in judgements for origin in row.origins)
+        drops.update(dict.fromkeys(events, Drop.TOO_FEW))
+        judgements = ()
+    return replace(
+        compiled,
+        pairs=pairs,
+        judgements=judgements,
+        drops=MappingProxyType(drops),
+        left_out=tuple(left_out),
+    )
 
 
 def class_weights(judgements: Sequence[Judgement]) -> ClassWeights:
@@ -355,29 +387,3 @@ def _pairs(examples: Sequence[Example], written: Mapping[str, FeedbackRow]) -> l
                 )
             )
     return pairs
-
-
-def _with_enough(compiled: Compiled, limits: CompileLimits) -> Compiled:
-    """Without the kinds of row that there are too few of; an edit still teaches as an example."""
-    drops, left_out = dict(compiled.drops), []
-    pairs, judgements = compiled.pairs, compiled.judgements
-    if pairs and len(pairs) < limits.min_pairs:
-        left_out.append(
-            LeftOut(rows="pairs", reason=f"{len(pairs)}, fewer than {limits.min_pairs}")
-        )
-        pairs = ()
-    labels = Counter(row.label for row in judgements)
-    if judgements and min(labels["desirable"], labels["undesirable"]) < limits.min_of_label:
-        counts = f"{labels['desirable']} desirable and {labels['undesirable']} undesirable"
-        reason = f"{counts}, fewer than {limits.min_of_label} of one"
-        left_out.append(LeftOut(rows="judgements", reason=reason))
-        events = (origin.event_id for row in judgements for origin in row.origins)
-        drops.update(dict.fromkeys(events, Drop.TOO_FEW))
-        judgements = ()
-    return replace(
-        compiled,
-        pairs=pairs,
-        judgements=judgements,
-        drops=MappingProxyType(drops),
-        left_out=tuple(left_out),
-    )

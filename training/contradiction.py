@@ -10,22 +10,36 @@ from dataclasses import dataclass, replace
 from perennial.training.examples import Example
 from perennial.training.text import TfIdf, cosine, fit_tfidf, normalise, numbers, words
 
+_MIN_ANSWER = 0.3
+_MIN_QUESTION = 0.15
+_MIN_SUM = 0.58
+_MAX_WORDINGS = 8
+_MIN_LABEL_QUESTION = 0.5
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contradiction:
-    """When a newer answer replaces an older one to a question in other words.
+class Contradicted:
+    """An old row and the new one that answers it otherwise."""
 
-    Rows with one answer are one statement. Two statements are about the same thing when their
-    answers are alike (cosine of TF-IDF at least `min_answer`), their closest questions are (at
-    least `min_question`), and both together reach `min_sum`. Measured on the demo's desk with any
-    one to three wordings of each side: the four changed facts reach 0.60 or more, any other pair
-    with answers alike 0.42 or less.
+    old: Example
+    by: Example
+
+
+def contradicted(old: Sequence[Example], new: Sequence[Example]) -> tuple[Contradicted, ...]:
+    """The old rows that a new one answers otherwise, with the nearest such; one that agrees stays.
+
+    To the same prompt any other answer contradicts, and the newest of them is the nearest. To a
+    question in other words a rule decides. Rows with one answer are one statement. Two statements
+    are about the same thing when their answers are alike (cosine of TF-IDF at least `_MIN_ANSWER`),
+    their closest questions are (at least `_MIN_QUESTION`), and both together reach `_MIN_SUM`.
+    Measured on the demo's desk with any one to three wordings of each side: the four changed facts
+    reach 0.60 or more, any other pair with answers alike 0.42 or less.
 
     Guards keep what only fills the same template. Questions with other numbers, and answers
     that each repeat a word of half their questions that the other side never says ("the lamp
     works", "the fax of sales is 12" beside "the phone of sales is 34"), are about other things.
-    An answer to more than `max_wordings` questions may be a class label: each old row then
-    stands alone, and its question must be nearly that of a new one (`min_label_question`). An
+    An answer to more than `_MAX_WORDINGS` questions may be a class label: each old row then
+    stands alone, and its question must be nearly that of a new one (`_MIN_LABEL_QUESTION`). An
     old statement that another old one passes for being about the same as stays. Of 250 Dolly
     answers the next 249 contradict 3; in the made stream of the continual benchmark (seeds
     0-19, 16 to 64 rows a task, both orders) the changed facts leave and nothing else. Two facts
@@ -33,12 +47,21 @@ class Contradiction:
     still taken for one. The rule errs too often where facts are many for one thing to be used
     within a round, whose rows are new and whose equal prompts need no rule.
     """
-
-    min_answer: float = 0.3
-    min_question: float = 0.15
-    min_sum: float = 0.58
-    max_wordings: int = 8
-    min_label_question: float = 0.5
+    measure = _fit((*old, *new))
+    news, olds = _statements(new, measure), _statements(old, measure)
+    answers: dict[str, list[Example]] = {}
+    for row in reversed(new):
+        answers.setdefault(row.prompt_key, []).append(row)
+    found = []
+    for statement in olds:
+        said = _said_otherwise(statement, news, olds)
+        for row in statement.rows:
+            same = answers.get(row.prompt_key, ())
+            others = (by for by in same if normalise(by.completion) != statement.key)
+            by = next(others, said.get(row.id))
+            if by is not None:
+                found.append(Contradicted(old=row, by=by))
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,38 +92,18 @@ class _Statement:
     named: frozenset[str]
 
 
-def contradicted(
-    old: Sequence[Example], new: Sequence[Example], rule: Contradiction
-) -> tuple[Example, ...]:
-    """The old rows that a new one answers otherwise; a row that agrees stays."""
-    measure = _fit((*old, *new))
-    news = _statements(new, measure)
-    answers: dict[str, set[str]] = {}
-    for statement in news:
-        for row in statement.rows:
-            answers.setdefault(row.prompt_key, set()).add(statement.key)
-    olds, gone = _statements(old, measure), []
-    for statement in olds:
-        said = {row.id for row in _said_otherwise(statement, news, olds, rule)}
-        gone += [
-            row
-            for row in statement.rows
-            if row.id in said or answers.get(row.prompt_key, set()) - {statement.key}
-        ]
-    return tuple(gone)
-
-
 def _said_otherwise(
-    old: _Statement, news: Sequence[_Statement], beside: Sequence[_Statement], rule: Contradiction
-) -> list[Example]:
-    """The rows of `old` that one of `news` is about, unless one of those `beside` it is as well."""
-    return [
-        row
-        for part in _parts(old, rule)
-        if any(_is_about_same(part, other, rule) for other in news)
-        and not any(_is_about_same(part, other, rule) for other in beside)
-        for row in part.rows
-    ]
+    old: _Statement, news: Sequence[_Statement], beside: Sequence[_Statement]
+) -> Mapping[str, Example]:
+    """The nearest of `news` by id of a row of `old`, if none of those `beside` is about it too."""
+    found: dict[str, Example] = {}
+    for part in _parts(old):
+        nearest = max(news, key=lambda other: _alike(part, other), default=None)
+        if nearest is None or not _alike(part, nearest):
+            continue
+        if not any(_alike(part, other) for other in beside):
+            found |= {row.id: _closest(part, nearest) for row in part.rows}
+    return found
 
 
 def _fit(rows: Sequence[Example]) -> _Measure:
@@ -141,27 +144,34 @@ def _stems(text: str) -> frozenset[str]:
     return frozenset(word[:4] for word in words(text) if len(word) > 2)
 
 
-def _parts(statement: _Statement, rule: Contradiction) -> list[_Statement]:
+def _parts(statement: _Statement) -> list[_Statement]:
     """What leaves together: a statement with its wordings, or each row of a class label."""
-    if statement.num_wordings <= rule.max_wordings:
+    if statement.num_wordings <= _MAX_WORDINGS:
         return [statement]
     each = zip(statement.rows, statement.asked, strict=True)
     return [replace(statement, rows=(row,), asked=(asked,)) for row, asked in each]
 
 
-def _is_about_same(old: _Statement, new: _Statement, rule: Contradiction) -> bool:
+def _alike(old: _Statement, new: _Statement) -> float:
+    """How alike answers and closest questions are, in [0, 2]; 0 if they are about other things."""
     if old.key == new.key or (old.named - new.said and new.named - old.said):
-        return False
+        return 0.0
     told = cosine(old.answer, new.answer)
-    if told < rule.min_answer:
-        return False
-    is_label = max(old.num_wordings, new.num_wordings) > rule.max_wordings
+    if told < _MIN_ANSWER:
+        return 0.0
+    is_label = max(old.num_wordings, new.num_wordings) > _MAX_WORDINGS
     asked = max(
         (cosine(a.vector, b.vector) for a in old.asked for b in new.asked if not _differ(a, b)),
         default=0.0,
     )
-    least = rule.min_label_question if is_label else rule.min_question
-    return asked >= least and told + asked >= rule.min_sum
+    least = _MIN_LABEL_QUESTION if is_label else _MIN_QUESTION
+    return told + asked if asked >= least and told + asked >= _MIN_SUM else 0.0
+
+
+def _closest(old: _Statement, new: _Statement) -> Example:
+    """The row of `new` with the question that is most like one of `old`."""
+    likeness = [max(cosine(a.vector, b.vector) for a in old.asked) for b in new.asked]
+    return new.rows[likeness.index(max(likeness))]
 
 
 def _differ(left: _Asked, right: _Asked) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from perennial.training.compile import Compiled, Drop, class_weights
+from perennial.training.contradiction import Contradicted
 from perennial.training.examples import Example, Judgement, Pair, question
 
 _MAX_SHOWN = 50  # rows of a section; a person reads no more
@@ -36,14 +37,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forgotten:
-    """A row of a past round and the new one that says otherwise."""
-
-    old: Example
-    by: Example
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Diff:
     """A round's rows beside those of the past.
 
@@ -60,7 +53,7 @@ class Diff:
     judge: tuple[Example, ...]
     num_known: int
     kept: tuple[Example, ...]
-    forgotten: tuple[Forgotten, ...]
+    forgotten: tuple[Contradicted, ...]
     evicted: tuple[Example, ...]
 
 
@@ -126,7 +119,7 @@ def _said(row: Example | Judgement) -> str:
     return f"{_inline(question(row.messages))} → {_inline(row.completion)}"
 
 
-def _changed(item: Forgotten) -> str:
+def _changed(item: Contradicted) -> str:
     return f"{_said(item.old)} — now: {_inline(item.by.completion)}"
 
 

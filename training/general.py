@@ -6,6 +6,7 @@ reads the formats that people have such rows in.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +17,16 @@ from perennial.infra.errors import InputError
 from perennial.training.similar import Said, near_duplicates
 from perennial.training.text import clean, words
 
+_LOG = logging.getLogger(__name__)
+
 _PACKAGED = Path(__file__).parent / "packaged"
 PACKAGED_REPLAY = _PACKAGED / "general_replay.jsonl"
 PACKAGED_PROBE = _PACKAGED / "general_probe.jsonl"
 
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".csv": "from_csv",
             ".parquet": "from_parquet"}  # fmt: skip
+# Else pandas takes the words "NA" and "None" for an empty cell.
+_OPTIONS = {".csv": {"keep_default_na": False}}
 _COLUMNS = (("prompt", "answer"), ("instruction", "output"))
 _NEAR_DUPLICATE = 0.8
 _MAX_REPEATED = 0.2
@@ -31,9 +36,11 @@ def load_general(path: Path) -> tuple[tuple[str, str], ...]:
     """(prompt, answer) pairs of a JSON Lines, CSV or Parquet file with these two columns.
 
     The columns may also be `instruction` and `output`; an `input` then follows the instruction.
+    Texts are cleaned; rows in which one is empty are left out, and the log says how many.
 
     Raises:
-        InputError: the file is missing or of another format, or a column is missing.
+        InputError: the file is missing or of another format, a column is missing, or no row is
+            left.
     """
     if path.suffix not in _READERS or not path.is_file():
         raise InputError(f"{path} must be a file that ends in {', '.join(_READERS)}")
@@ -42,7 +49,10 @@ def load_general(path: Path) -> tuple[tuple[str, str], ...]:
     with tempfile.TemporaryDirectory() as cache:
         try:
             rows = getattr(datasets.Dataset, _READERS[path.suffix])(
-                str(path), cache_dir=cache, keep_in_memory=True
+                str(path),
+                cache_dir=cache,
+                keep_in_memory=True,
+                **_OPTIONS.get(path.suffix, {}),
             )
         except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
@@ -50,7 +60,14 @@ def load_general(path: Path) -> tuple[tuple[str, str], ...]:
     if asked is None:
         wanted = " or ".join("+".join(pair) for pair in _COLUMNS)
         raise InputError(f"{path} needs the columns {wanted}; it has {rows.column_names}")
-    return tuple((_prompt(row, asked), str(row[told])) for row in rows)
+    pairs = [(clean(_prompt(row, asked)), clean(_text(row[told]))) for row in rows]
+    whole = tuple(pair for pair in pairs if all(pair))
+    if not whole:
+        raise InputError(f"{path} has no general row with a prompt and an answer", path=str(path))
+    if len(whole) < len(pairs):
+        num_empty = len(pairs) - len(whole)
+        _LOG.warning("general rows left out, empty file=%s num_rows=%d", path, num_empty)
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,5 +116,9 @@ def _is_circular(text: str) -> bool:
 
 
 def _prompt(row: Mapping[str, object], asked: str) -> str:
-    given = row.get("input") if asked == "instruction" else None
-    return f"{row[asked]}\n\n{given}" if given else str(row[asked])
+    given = _text(row.get("input")) if asked == "instruction" else ""
+    return f"{_text(row[asked])}\n\n{given}" if given else _text(row[asked])
+
+
+def _text(cell: object) -> str:
+    return "" if cell is None else str(cell)

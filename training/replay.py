@@ -13,7 +13,7 @@ from pathlib import Path
 
 from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import InputError
-from perennial.training.contradiction import Contradiction, contradicted
+from perennial.training.contradiction import contradicted
 from perennial.training.examples import Example, from_json, read_jsonl
 from perennial.training.topics import topics
 
@@ -23,7 +23,6 @@ class ReplayStore:
     """Rows of past rounds, at most `capacity` of them; each has its `round_id`."""
 
     capacity: int
-    seed: int
     rows: tuple[Example, ...] = ()
 
     def __post_init__(self) -> None:
@@ -42,21 +41,21 @@ class ReplayStore:
             for example, topic in named
             if example.id not in ids
         )
-        return replace(self, rows=_bounded((*known.rows, *fresh), self.capacity, self.seed))
+        return replace(self, rows=_bounded((*known.rows, *fresh), self.capacity))
 
     def supersede(self, examples: Sequence[Example]) -> "ReplayStore":
         """Without the rows that a newer example contradicts."""
-        gone = {row.id for row in contradicted(self.rows, examples, Contradiction())}
+        gone = {item.old.id for item in contradicted(self.rows, examples)}
         return replace(self, rows=tuple(row for row in self.rows if row.id not in gone))
 
     def resized(self, capacity: int) -> "ReplayStore":
         """With another capacity; what no longer fits leaves as if it had never fitted."""
-        rows = _bounded(self.rows, capacity, self.seed)
+        rows = _bounded(self.rows, capacity)
         return replace(self, capacity=capacity, rows=rows)
 
     def save(self, path: Path) -> None:
-        """JSON Lines, replaced as a whole; the first line holds capacity and seed."""
-        head = {"capacity": self.capacity, "seed": self.seed}
+        """JSON Lines, replaced as a whole; the first line holds the capacity."""
+        head = {"capacity": self.capacity}
         lines = [head, *(row.to_json() for row in self.rows)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomic(path, text.encode())
@@ -70,14 +69,14 @@ def load_replay(path: Path) -> ReplayStore:
     """
     lines = read_jsonl(path)
     try:
-        capacity, seed = int(lines[0]["capacity"]), int(lines[0]["seed"])
+        capacity = int(lines[0]["capacity"])
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a replay store: {error!r}", path=str(path)) from error
     rows = tuple(from_json(line) for line in lines[1:])
-    return ReplayStore(capacity=capacity, seed=seed, rows=rows)
+    return ReplayStore(capacity=capacity, rows=rows)
 
 
-def _bounded(rows: Sequence[Example], capacity: int, seed: int) -> tuple[Example, ...]:
+def _bounded(rows: Sequence[Example], capacity: int) -> tuple[Example, ...]:
     """Rounds share the capacity evenly, and so do the topics inside a round.
 
     Inside a topic the rows with the smallest hash stay: bottom-k sampling, in distribution what
@@ -89,7 +88,7 @@ def _bounded(rows: Sequence[Example], capacity: int, seed: int) -> tuple[Example
     for round_id, num in fair_parts(_sizes(rounds), capacity).items():
         by_topic = _split(rounds[round_id], lambda row: row.topic)
         for topic, part in fair_parts(_sizes(by_topic), num).items():
-            chosen = sorted(by_topic[topic], key=lambda row: _rank(row.id, seed))[:part]
+            chosen = sorted(by_topic[topic], key=lambda row: _rank(row.id))[:part]
             kept.update(row.id for row in chosen)
     return tuple(row for row in rows if row.id in kept)
 
@@ -115,5 +114,6 @@ def _sizes(strata: Mapping[str, Sequence[Example]]) -> dict[str, int]:
     return {name: len(rows) for name, rows in strata.items()}
 
 
-def _rank(row_id: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed}\n{row_id}".encode()).hexdigest()
+def _rank(row_id: str) -> str:
+    # Another prefix would draw anew what stores on disk have kept.
+    return hashlib.sha256(f"0\n{row_id}".encode()).hexdigest()

@@ -47,7 +47,7 @@ def rows_of_job(job: TrainJob, tokenizer: Any, *, is_rebuild: bool) -> Rows:  # 
     """The job's rows; an adapter that is rebuilt from the base learns its replayed rows as new.
 
     Raises:
-        InputError: no new row fits.
+        InputError: there is no new row, or none fits.
         ConfigError: the start is "blend" and there is no row to choose α by.
     """
     left_out: list[LeftOut] = []
@@ -57,7 +57,8 @@ def rows_of_job(job: TrainJob, tokenizer: Any, *, is_rebuild: bool) -> Rows:  # 
         return _fitting(rows, lambda row: encode_example(tokenizer, row, max_len), left_out)
 
     paths = (job.train_rows, job.replay_rows, job.general_rows, job.dev_rows)
-    new, replay, general, dev = (encoded(read_examples(p) if p else ()) for p in paths)
+    given, *others = (read_examples(path) if path else () for path in paths)
+    new, replay, general, dev = map(encoded, (given, *others))
     pairs = read_pairs(job.pair_rows) if job.pair_rows else ()
     judged = read_judgements(job.judgement_rows) if job.judgement_rows else ()
     is_blend = job.config.start == "blend" and job.parent_adapter is not None
@@ -74,6 +75,8 @@ def rows_of_job(job: TrainJob, tokenizer: Any, *, is_rebuild: bool) -> Rows:  # 
         teachers=read_teachers(job.teachers, replay) if job.teachers else {},
     )
     if not sources.new and not sources.pairs and not sources.judgements:
+        if not given and not pairs and not judged:
+            raise InputError(f"{job.train_rows} is empty, and no pair or judgement is given")
         raise InputError(
             f"no row of {job.train_rows} fits in max_len {max_len} tokens; raise max_len"
         )

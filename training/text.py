@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 _KEPT_CONTROLS = frozenset("\n\t")
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
+_LINE_ENDS = re.compile("\r\n|[\r\x85\u2028\u2029]")
 _WORD = re.compile(r"\w+(?:[.,:]\d+)*")
 _SPACES = re.compile(r"[ \t]+")
 
@@ -21,10 +22,12 @@ _SPACES = re.compile(r"[ \t]+")
 def clean(text: str) -> str:
     r"""NFC text without control, format (bidi, zero-width, tag), surrogate or private characters.
 
+    Every line ends in a line feed: who shows or splits the text sees the lines that a person does.
+
     >>> clean("pay\u202e 5\u200b €\r\n ")
     'pay 5 €'
     """
-    composed = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    composed = unicodedata.normalize("NFC", _LINE_ENDS.sub("\n", text))
     kept = (
         char
         for char in composed
@@ -58,10 +61,6 @@ class TfIdf:
 
     idf: dict[str, float]
     unseen: float
-
-    def similarity(self, left: str, right: str) -> float:
-        """Cosine of the two TF-IDF vectors, in [0, 1]."""
-        return cosine(self.vector(left), self.vector(right))
 
     def vector(self, text: str) -> dict[str, float]:
         """Weights by term, of length 1; empty for a text without words."""

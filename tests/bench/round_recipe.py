@@ -38,7 +38,7 @@ def main() -> int:
     config = {"seed": args.seed, **json.loads(args.config)}
     first = split_holdout(corrections(act1), args.holdout).train
     second = split_holdout(corrections(act2), args.holdout).train
-    memory = ReplayStore(capacity=2000, seed=0).add(first, "r1")
+    memory = ReplayStore(capacity=2000).add(first, "r1")
     replay = memory.supersede(second).rows
     rounds = [
         train(args, "round1", first, (), general, None, config),

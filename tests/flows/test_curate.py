@@ -5,6 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from perennial.feedback.records import (
     Binary,
     Comment,
@@ -132,6 +134,38 @@ def test_a_round_writes_rows_of_every_kind_and_says_what_it_did(tmp_path: Path) 
     assert "comments and labels are for people to read" in text
 
 
+def test_pairs_and_judgements_are_counted_without_those_that_are_judged_by(tmp_path: Path) -> None:
+    rows = [
+        judged(n, f"Who mends {name}{n}?", "Nobody.", Implicit(action="edit", text=f"{name} {n}."))
+        for n, name in enumerate((*NAMES, *NAMES[:6]))
+    ]
+    rows += [
+        judged(40 + n, row.interaction.messages[0].content, f"No {n}.", Binary(value=False))
+        for n, row in enumerate(rows)
+        if row.interaction
+    ]
+    rows += [
+        judged(80 + n, f"Is there a {name} {n}?", f"Yes {n}.", Binary(value=True))
+        for n, name in enumerate(NAMES * 2)
+    ]
+    some = deps(tmp_path, rows)
+    folder = data_folder(some, "rnd_1")
+
+    curate(some, a_round(1), None, tmp_path / "general.jsonl", folder)
+
+    num_apart = len(read_examples(folder / "next_judged.jsonl"))
+    left = 16 - num_apart
+    assert 0 < num_apart < 16
+    assert read_pairs(folder / "pairs.jsonl") == ()
+    assert read_judgements(folder / "judgements.jsonl") == ()
+    text = (folder / "diff.md").read_text()
+    assert f"No pairs are trained on: {left}, fewer than 16." in text
+    few = f"20 desirable and {left} undesirable, fewer than 16 of one"
+    assert f"No judgements are trained on: {few}." in text
+    assert f"| left out, they ask what is judged by | {2 * num_apart} |" in text
+    assert json.loads((folder / "counts.json").read_bytes())["dropped"] == {"too_few": 20 + left}
+
+
 def test_the_next_round_trains_on_nothing_that_is_judged_by(tmp_path: Path) -> None:
     some = deps(tmp_path, first_round())
     curate(some, a_round(1), None, tmp_path / "general.jsonl", data_folder(some, "rnd_1"))
@@ -181,6 +215,34 @@ def test_a_blend_is_chosen_on_new_and_past_rows_that_are_not_trained_on(tmp_path
     assert read_examples(data_folder(later, "rnd_1") / "dev.jsonl") == ()
 
 
+@pytest.mark.parametrize("start", ["parent", "blend"])
+def test_nothing_that_is_judged_by_is_replayed(tmp_path: Path, start: str) -> None:
+    some = deps(tmp_path, first_round())
+    past = data_folder(some, "rnd_1")
+    curate(some, a_round(1), None, tmp_path / "general.jsonl", past)
+    again = [
+        judged(400 + n, row.question, "?", Correction(text=row.completion))
+        for n, row in enumerate(read_examples(past / "train.jsonl"))
+    ]
+    overrides = {"PERENNIAL_TRAINING__OVERRIDES": f'{{ start = "{start}" }}'}
+    later = deps(tmp_path, again, **overrides)
+    champion: Any = SimpleNamespace(round_id="rnd_1")
+
+    curate(later, a_round(2), champion, tmp_path / "general.jsonl", data_folder(later, "rnd_2"))
+
+    folder = data_folder(later, "rnd_2")
+    names = ("next_judged", "dev", "train", "replay")
+    judge, dev, train, replay = (read_examples(folder / f"{name}.jsonl") for name in names)
+    asked = {row.prompt_key for row in (*judge, *dev)}
+    assert any(row.id.startswith("fb_4") for row in judge)
+    assert bool(dev) == (start == "blend")
+    assert replay
+    assert not asked & {row.prompt_key for row in (*train, *replay)}
+    kept = {row.prompt_key for row in load_replay(folder / "next_replay.jsonl").rows}
+    assert not kept & {row.prompt_key for row in judge}
+    assert kept >= {row.prompt_key for row in dev}
+
+
 def remembered(number: int) -> Example:
     """A row of the first round that resembles no other."""
     word = "".join(chr(97 + int(digit)) for digit in f"{number:03}") * 3
@@ -198,7 +260,7 @@ def second_round(home: Path, num_past: int, capacity: int, **environment: str) -
     some = deps(home, [fresh], **environment)
     past = data_folder(some, "rnd_1")
     write_examples(past / "next_judged.jsonl", ())
-    store = ReplayStore(capacity=capacity, seed=0)
+    store = ReplayStore(capacity=capacity)
     store.add([remembered(n) for n in range(num_past)], "rnd_1").save(past / "next_replay.jsonl")
     champion: Any = SimpleNamespace(round_id="rnd_1")
     curate(some, a_round(2), champion, home / "general.jsonl", data_folder(some, "rnd_2"))
@@ -219,7 +281,7 @@ def test_replay_shrinks_to_the_setting_of_now_and_the_diff_says_so(tmp_path: Pat
     folder = second_round(tmp_path, num_past=20, capacity=100, **small)
 
     replayed = read_examples(folder / "replay.jsonl")
-    smaller = ReplayStore(capacity=8, seed=0).add([remembered(n) for n in range(20)], "rnd_1")
+    smaller = ReplayStore(capacity=8).add([remembered(n) for n in range(20)], "rnd_1")
     assert replayed == smaller.rows
     kept = load_replay(folder / "next_replay.jsonl")
     assert (kept.capacity, len(kept.rows)) == (8, 8)

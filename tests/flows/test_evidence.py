@@ -9,24 +9,30 @@ from typing import Any
 import httpx
 import pytest
 
+from perennial.feedback.records import Correction, Feedback, Message, Target
 from perennial.flows import evidence
 from perennial.flows.curate import data_folder, suite_row, write_suite
 from perennial.flows.release import ask_approval
-from perennial.flows.retrain import name_version
+from perennial.flows.retrain import close_if_empty, curate_rows, name_version
+from perennial.flows.steps import leased
 from perennial.flows.wiring import Deps, make_deps
 from perennial.infra.artifacts import publish
 from perennial.infra.clock import utc_now
 from perennial.infra.db import Database, create_all
 from perennial.infra.settings import Settings, load_settings
 from perennial.registry.gate import Reject
-from perennial.registry.rounds import Round
+from perennial.registry.rounds import Round, RoundState
 from perennial.registry.versions import ModelVersion
 from perennial.training import run
 from perennial.training.examples import Example, write_examples
+from perennial.training.replay import ReplayStore
+from tests.feedback.writing import put
 from tests.registry.builders import MlflowServer, write_adapter
 from tests.training.builders import example, save_tiny
 
 name_it: Any = name_version.fn  # type: ignore[attr-defined]  # without Prefect around it
+curate_it: Any = curate_rows.fn  # type: ignore[attr-defined]  # as above
+close_it: Any = close_if_empty.fn  # type: ignore[attr-defined]  # as above
 ask: Any = ask_approval.fn  # type: ignore[attr-defined]  # as above
 ROWS = ("train", "replay", "dev", "general", "pairs", "judgements")
 
@@ -117,6 +123,81 @@ def test_a_suite_of_which_no_row_could_be_scored_keeps_the_candidate_out(deps: D
     assert isinstance(found, Reject)
     unmet = [reason.sentence for reason in found.reasons if not reason.is_met]
     assert "retained: 0 rows are insufficient, 6 are needed." in unmet
+
+
+def test_an_answer_of_several_lines_is_one_result(tmp_path: Path) -> None:
+    answer = "one\u2028two\u2029three\x85four"
+    write_suite(tmp_path / "suites" / "target.jsonl", [suite_row(example(1))])
+    (tmp_path / "scores").mkdir()
+    result = {"id": example(1).id, "cluster": "c", "answer": answer, "nll": 1.0}
+    write_suite(tmp_path / "scores" / "candidate" / "target.jsonl", [result])
+
+    (found,) = evidence.read_rows(
+        tmp_path / "scores", tmp_path / "suites", "rnd_1", {"candidate": "v1"}
+    )
+
+    assert found.answer == answer
+
+
+def corrected(deps: Deps, asked: Example) -> None:
+    """A user says again what the row says."""
+    messages = tuple(Message(role="user", content=text) for _, text in asked.messages)
+    feedback = Feedback(
+        id=f"fb-{asked.id}",
+        tenant="default",
+        task="support",
+        target=Target(messages=messages, completion="?"),
+        signal=Correction(text=asked.completion),
+        source_kind="end_user",
+        received_at=utc_now(),
+    )
+    put(deps.feedback, feedback)
+
+
+def curated(deps: Deps, champion: ModelVersion, key: str) -> tuple[Round, bool]:
+    """A new round with its rows, and whether it had none to train on."""
+    round_ = deps.ledger.open_round("support", "forced", key)
+    with leased(deps.ledger, round_.id, deps.settings.home) as steps:
+        curate_it(deps, steps, round_, champion)
+        return round_, close_it(deps, steps, round_)
+
+
+def test_a_round_of_which_all_is_judged_by_makes_way_for_the_next(deps: Deps) -> None:
+    champion = candidate(deps, begun(deps, 1, None, [example(1)]), "base", None)
+    data = data_folder(deps, champion.round_id)
+    write_examples(data / "next_judged.jsonl", [example(2)])
+    ReplayStore(capacity=9).save(data / "next_replay.jsonl")
+    corrected(deps, example(2))
+
+    first, is_empty = curated(deps, champion, "2")
+
+    assert is_empty
+    closed = deps.ledger.get(first.id)
+    assert closed.state is RoundState.REJECTED
+    assert closed.reasons[0].startswith("No new row is left to train on")
+    corrected(deps, example(3))
+    second, is_empty = curated(deps, champion, "3")
+    assert not is_empty
+    assert deps.ledger.get(second.id).state is RoundState.OPEN
+
+
+@pytest.mark.parametrize(("has_candidate", "attempt"), [(True, 2), (False, 1)])
+def test_only_a_rejected_candidate_is_an_attempt(
+    deps: Deps, has_candidate: bool, attempt: int
+) -> None:
+    earlier = begun(deps, 1, None, [example(1)])
+    lease = deps.ledger.claim(earlier.id, "test", ttl_s=60)
+    if has_candidate:
+        deps.ledger.finish_step(lease, "register", "0", {"verdict": "reject"})
+    deps.ledger.close_round(lease, RoundState.REJECTED, ["no"])
+    round_ = begun(deps, 2, None, [example(2)])
+    version = candidate(deps, round_, "base", None)
+    evaluated(deps, round_, {"champion": "base", "candidate": version.name})
+
+    found = evidence.verdict(deps, round_, version, scored_against=None)
+
+    (numbers,) = (reason.numbers for reason in found.reasons if "attempt" in reason.numbers)
+    assert numbers["attempt"] == attempt
 
 
 @pytest.mark.slow

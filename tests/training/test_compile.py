@@ -15,6 +15,7 @@ from perennial.training.compile import (
     FeedbackRow,
     class_weights,
     compile_feedback,
+    with_enough,
 )
 from perennial.training.examples import Judgement, Label, Origin
 
@@ -45,7 +46,8 @@ def thumb(number: int, label: Label | None, **fields: Any) -> FeedbackRow:
 
 
 def compiled(*rows: FeedbackRow, **limits: Any) -> Compiled:
-    return compile_feedback(rows, CompileLimits(**{"min_pairs": 1, "min_of_label": 1, **limits}))
+    bounds = CompileLimits(**{"min_pairs": 1, "min_of_label": 1, **limits})
+    return with_enough(compile_feedback(rows, bounds), bounds)
 
 
 def judgements(num_desirable: int, num_undesirable: int) -> list[Judgement]:

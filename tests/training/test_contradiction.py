@@ -1,7 +1,8 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from perennial.training.contradiction import Contradiction, contradicted
+from perennial.training.contradiction import contradicted
 from perennial.training.examples import Example
 
 DESK = Path(__file__).parents[2] / "flows" / "desk"
@@ -26,13 +27,17 @@ def desk(act: str) -> list[Example]:
     ]
 
 
+def gone_from(old: Sequence[Example], new: Sequence[Example]) -> tuple[Example, ...]:
+    return tuple(item.old for item in contradicted(old, new))
+
+
 def superseded_by_author() -> set[str]:
     lines = (DESK / "act2.jsonl").read_text().splitlines()
     return {fact["supersedes"] for fact in map(json.loads, lines) if fact["supersedes"]}
 
 
 def test_the_changed_policy_and_nothing_else_leaves_the_desks_replay() -> None:
-    gone = contradicted(desk("act1"), desk("act2"), Contradiction())
+    gone = gone_from(desk("act1"), desk("act2"))
     assert len(gone) == 3 * len(superseded_by_author()) == 12
     assert {row.id.partition("/")[0] for row in gone} == superseded_by_author()
 
@@ -40,7 +45,7 @@ def test_the_changed_policy_and_nothing_else_leaves_the_desks_replay() -> None:
 def test_one_new_wording_is_enough_to_retire_a_policy() -> None:
     for index in range(3):
         new = [row for row in desk("act2") if row.id.endswith(f"/{index}")]
-        gone = contradicted(desk("act1"), new, Contradiction())
+        gone = gone_from(desk("act1"), new)
         assert {row.id.partition("/")[0] for row in gone} == superseded_by_author()
         assert len(gone) == 12
 
@@ -50,7 +55,7 @@ def test_facts_of_one_act_do_not_contradict_each_other() -> None:
         rows = desk(act)
         for index in range(0, len(rows), 3):
             one, others = rows[index : index + 3], rows[:index] + rows[index + 3 :]
-            assert contradicted(others, one, Contradiction()) == ()
+            assert gone_from(others, one) == ()
 
 
 def test_things_that_differ_in_a_number_do_not_contradict_each_other() -> None:
@@ -59,7 +64,7 @@ def test_things_that_differ_in_a_number_do_not_contradict_each_other() -> None:
         example(n, id=str(n), messages=(("user", f"where is box {n}?"),), completion=text)
         for n, text in enumerate(where)
     ]
-    assert contradicted(boxes[:7], boxes[7:], Contradiction()) == ()
+    assert gone_from(boxes[:7], boxes[7:]) == ()
 
 
 def test_one_changed_label_does_not_retire_its_class() -> None:
@@ -69,7 +74,7 @@ def test_one_changed_label_does_not_retire_its_class() -> None:
         for n, plant in enumerate(plants)
     ]
     new = example(0, id="new", messages=(("user", "what code has basil"),), completion="code B")
-    gone = contradicted(old, [new], Contradiction())
+    gone = gone_from(old, [new])
     assert [row.id for row in gone] == ["basil"]
 
 
@@ -79,8 +84,8 @@ def test_answers_that_name_what_they_are_about_do_not_contradict_each_other() ->
         return example(0, id=name, messages=asked, completion=f"{name} is {kind}")
 
     boobam, orutu = about("Boobam", "string"), about("Orutu", "percussion")
-    assert contradicted([boobam], [orutu], Contradiction()) == ()
-    assert contradicted([boobam], [about("Boobam", "percussion")], Contradiction()) == (boobam,)
+    assert gone_from([boobam], [orutu]) == ()
+    assert gone_from([boobam], [about("Boobam", "percussion")]) == (boobam,)
 
 
 def test_another_fact_about_the_same_thing_retires_nothing_and_a_changed_one_does() -> None:
@@ -93,8 +98,8 @@ def test_another_fact_about_the_same_thing_retires_nothing_and_a_changed_one_doe
         ]
 
     old = told("phone", 3141)
-    assert contradicted(old, told("fax", 2718), Contradiction()) == ()
-    assert contradicted(old, told("phone", 1414), Contradiction()) == tuple(old)
+    assert gone_from(old, told("fax", 2718)) == ()
+    assert gone_from(old, told("phone", 1414)) == tuple(old)
 
 
 def test_statements_that_already_stood_beside_each_other_both_stay() -> None:
@@ -104,5 +109,26 @@ def test_statements_that_already_stood_beside_each_other_both_stay() -> None:
         for n, text in enumerate(asked)
     ]
     new = example(3, messages=(("user", "which plan has the green label"),), completion="plan C")
-    assert contradicted(old, [new], Contradiction()) == ()
-    assert contradicted(old[:1], [new], Contradiction()) == (old[0],)  # nothing tells it from news
+    assert gone_from(old, [new]) == ()
+    assert gone_from(old[:1], [new]) == (old[0],)  # nothing tells it from news
+
+
+def test_a_forgotten_row_names_what_says_otherwise_and_not_what_says_the_same() -> None:
+    def told(name: str, asked: str, answer: str) -> Example:
+        return example(0, id=name, messages=(("user", asked),), completion=answer)
+
+    old = told("old", "where is the spare key kept", "The spare key is in the red drawer.")
+    same = told("same", "where is the spare key", "The spare key is in the red drawer.")
+    other = told("other", "where is the spare key kept", "Ask the porter.")
+
+    (found,) = contradicted([old], [same, other])
+
+    assert (found.old, found.by) == (old, other)
+
+
+def test_a_changed_policy_is_forgotten_for_the_one_that_its_author_replaced_it_by() -> None:
+    lines = (DESK / "act2.jsonl").read_text().splitlines()
+    author = {fact["supersedes"]: fact["id"] for fact in map(json.loads, lines)}
+    for item in contradicted(desk("act1"), desk("act2")):
+        old, by = (row.id.partition("/")[0] for row in (item.old, item.by))
+        assert author[old] == by

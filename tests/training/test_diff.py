@@ -1,5 +1,6 @@
-from perennial.training.compile import Compiled, Drop, LeftOut
-from perennial.training.diff import Diff, Forgotten, render_diff
+from perennial.training.compile import Compiled, Drop, LeftOutKind
+from perennial.training.contradiction import Contradicted
+from perennial.training.diff import Diff, render_diff
 from perennial.training.examples import Judgement, Pair
 from tests.training.builders import example
 
@@ -23,13 +24,13 @@ def test_the_diff_says_what_is_added_kept_and_dropped_and_why() -> None:
         diff(
             compiled=Compiled(
                 drops={"fb_1": Drop.SUBJECT_CAP, "fb_2": Drop.SUBJECT_CAP},
-                left_out=(LeftOut(rows="pairs", reason="2, fewer than 16"),),
+                left_out=(LeftOutKind(rows="pairs", reason="2, fewer than 16"),),
             ),
             added=(example(1),),
             pairs=(Pair(id="p", messages=USER, chosen="Marit", rejected="Otto"),),
             judgements=(up, down),
             kept=tuple(example(n, round_id="r1", topic="item") for n in range(3)),
-            forgotten=(Forgotten(old=example(2), by=example(3)),),
+            forgotten=(Contradicted(old=example(2), by=example(3)),),
         ),
         {"r1": "round 1"},
     )

@@ -10,9 +10,9 @@ from perennial.training.replay import ReplayStore, fair_parts, load_replay
 from tests.training.builders import example
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(0, 40), st.integers(0, 5))
-def test_capacity_holds_and_rounds_share_it(sizes: list[int], capacity: int, seed: int) -> None:
-    store = ReplayStore(capacity=capacity, seed=seed)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(0, 40))
+def test_capacity_holds_and_rounds_share_it(sizes: list[int], capacity: int) -> None:
+    store = ReplayStore(capacity=capacity)
     whole = []
     for number, size in enumerate(sizes):
         rows = [example(n, id=f"{number}-{n}", completion=f"{number} x {n}") for n in range(size)]
@@ -38,11 +38,12 @@ def test_capacity_holds_and_rounds_share_it(sizes: list[int], capacity: int, see
 
 def test_inside_a_stratum_every_row_is_as_likely_to_stay() -> None:
     # One topic: every question has the same words.
-    rows = [example(n, id=str(n), messages=(("user", "where is it"),)) for n in range(20)]
+    asked = (("user", "where is it"),)
     counts = [0] * 20
-    for seed in range(400):
-        for row in ReplayStore(capacity=5, seed=seed).add(rows, "r1").rows:
-            counts[int(row.id)] += 1
+    for draw in range(400):
+        rows = [example(n, id=f"{draw}-{n}", messages=asked) for n in range(20)]
+        for row in ReplayStore(capacity=5).add(rows, "r1").rows:
+            counts[int(row.id.partition("-")[2])] += 1
     # Each row is kept with chance 1/4: 100 of 400. Pearson's statistic of the counts, scaled by
     # 1 - 1/4 because a sample is drawn without replacement, has 19 degrees of freedom: its 99.9%
     # quantile is 43.8.
@@ -62,13 +63,13 @@ def test_a_rare_topic_is_not_crowded_out() -> None:
     pods = [f"how do I water basil in pod {chr(97 + n)}" for n in range(20)]
     asked = [f"{question} {chr(97 + m)}" for question in pods for m in range(5)]
     asked += ["when is my refund paid out", "is a refund paid in cash"]
-    rows = [
-        example(n, id=str(n), messages=(("user", text),), completion=f"answer {n}")
-        for n, text in enumerate(asked)
-    ]
-    for seed in range(5):
-        kept = {row.id for row in ReplayStore(capacity=30, seed=seed).add(rows, "r1").rows}
-        assert kept >= {"100", "101"}
+    for draw in range(5):
+        rows = [
+            example(n, id=f"{draw}-{n}", messages=(("user", text),), completion=f"answer {n}")
+            for n, text in enumerate(asked)
+        ]
+        kept = {row.id for row in ReplayStore(capacity=30).add(rows, "r1").rows}
+        assert kept >= {f"{draw}-100", f"{draw}-101"}
 
 
 @given(st.dictionaries(st.text("abc", max_size=3), st.integers(0, 40)), st.integers(0, 90))
@@ -97,7 +98,7 @@ def spoken(number: int, round_id: str, who: list[int]) -> Example:
 def test_a_store_that_shrinks_keeps_what_a_small_one_would_have(
     sizes: list[int], capacity: int, part: int
 ) -> None:
-    large = ReplayStore(capacity=capacity, seed=0)
+    large = ReplayStore(capacity=capacity)
     for number, size in enumerate(sizes):
         large = large.add([spoken(n, f"r{number}", [0]) for n in range(size)], f"r{number}")
     small = large.resized(part)
@@ -106,15 +107,13 @@ def test_a_store_that_shrinks_keeps_what_a_small_one_would_have(
     assert small.resized(part) == small
     if len(sizes) == 1 and capacity >= part:
         rows = [spoken(n, "r0", [0]) for n in range(sizes[0])]
-        assert small == ReplayStore(capacity=part, seed=0).add(rows, "r0")
+        assert small == ReplayStore(capacity=part).add(rows, "r0")
 
 
-@given(st.data(), st.integers(0, 12), st.integers(0, 3))
-def test_the_store_follows_from_the_seed_and_not_from_the_order(
-    data: st.DataObject, capacity: int, seed: int
-) -> None:
+@given(st.data(), st.integers(0, 12))
+def test_the_store_does_not_follow_from_the_order(data: st.DataObject, capacity: int) -> None:
     rows = [spoken(n, "r1", [0]) for n in range(12)]
-    store = ReplayStore(capacity=capacity, seed=seed)
+    store = ReplayStore(capacity=capacity)
     once, again = store.add(rows, "r1"), store.add(data.draw(st.permutations(rows)), "r1")
     assert {row.id for row in once.rows} == {row.id for row in again.rows}
     assert once.add(rows, "r1") == once
@@ -128,7 +127,7 @@ def test_the_order_of_new_rows_does_not_change_what_they_supersede(order: list[i
         for n in range(3)
     ]
     new += [example(n, id=f"new-{n}", messages=old[n].messages) for n in range(3, 6)]
-    store = ReplayStore(capacity=9, seed=0).add(old, "r1")
+    store = ReplayStore(capacity=9).add(old, "r1")
     left = {row.id for row in store.supersede([new[n] for n in order]).rows}
     assert left == {"r1-3", "r1-4", "r1-5"}
 
@@ -136,14 +135,25 @@ def test_the_order_of_new_rows_does_not_change_what_they_supersede(order: list[i
 def test_a_superseded_row_leaves_before_the_new_ones_are_kept() -> None:
     old = example(1, id="old", completion="38 days")
     new = example(1, id="new", completion="Quite another text")
-    store = ReplayStore(capacity=9, seed=0).add([old], "r1").add([new], "r2")
+    store = ReplayStore(capacity=9).add([old], "r1").add([new], "r2")
     assert [row.id for row in store.rows] == ["new"]
 
 
 def test_a_file_gives_back_the_same_store(tmp_path: Path) -> None:
-    store = ReplayStore(capacity=50, seed=3).add([example(n) for n in range(5)], "r1")
+    store = ReplayStore(capacity=50).add([example(n) for n in range(5)], "r1")
     store.save(tmp_path / "replay.jsonl")
     assert load_replay(tmp_path / "replay.jsonl") == store
+
+
+def test_a_store_keeps_the_rows_that_stores_on_disk_have_kept() -> None:
+    rows = [example(n, id=str(n), messages=(("user", "where is it"),)) for n in range(12)]
+    kept = ReplayStore(capacity=4).add(rows, "r1").rows
+    assert [row.id for row in kept] == ["1", "4", "8", "9"]
+
+
+def test_a_file_that_names_a_seed_is_read(tmp_path: Path) -> None:
+    (tmp_path / "replay.jsonl").write_text('{"capacity": 7, "seed": 0}\n')
+    assert load_replay(tmp_path / "replay.jsonl") == ReplayStore(capacity=7)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
@@ -154,6 +164,6 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 
 def test_an_equal_prompt_with_another_answer_is_superseded() -> None:
     old = example(1, completion="38 days", round_id="r1", kind="replay")
-    store = ReplayStore(capacity=9, seed=0, rows=(old,))
+    store = ReplayStore(capacity=9, rows=(old,))
     assert store.supersede([example(1, completion="Quite another text")]).rows == ()
     assert store.supersede([example(1, completion="38  Days!")]).rows == (old,)

@@ -226,6 +226,14 @@ def test_a_round_whose_rows_are_all_too_long_is_refused(tmp_path: Path) -> None:
         run_training(read_train_job(path), made(tmp_path / "out"), Console(quiet=True))
 
 
+def test_a_round_without_a_new_row_is_refused_for_that(tmp_path: Path) -> None:
+    path = write_job_with_rows(tmp_path, "new2.jsonl", [])
+    with pytest.raises(
+        InputError, match=r"new2\.jsonl is empty, and no pair or judgement is given"
+    ):
+        run_training(read_train_job(path), made(tmp_path / "out"), Console(quiet=True))
+
+
 def write_job_with_rows(folder: Path, name: str, rows: Any) -> Path:
     folder.mkdir(exist_ok=True)
     write_examples(folder / name, rows)

@@ -2,13 +2,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perennial.training.text import clean, fit_tfidf, normalise
+from perennial.training.text import clean, cosine, fit_tfidf, normalise
 
 
 def test_clean_removes_hidden_characters_and_composes() -> None:
     assert clean("a\u202eb\u200bc\x00d\ue000e\U000e0041f") == "abcdef"
     assert clean("e\u0301") == "é"
     assert clean(" one\r\ntwo\t ") == "one\ntwo"
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_every_line_of_a_clean_text_ends_in_a_line_feed(end: str) -> None:
+    assert clean(f"one{end}two{end}{end}") == "one\ntwo"
 
 
 @given(st.text())
@@ -23,9 +28,13 @@ def test_normalise_keeps_the_decimals_that_make_two_prices_differ() -> None:
     assert normalise("9.99") != normalise("9.95")
 
 
-def test_tfidf_similarity_by_hand() -> None:
+def test_cosine_of_tfidf_by_hand() -> None:
     tfidf = fit_tfidf(["a b", "a c"])
-    assert tfidf.similarity("a b", "a b") == pytest.approx(1)
-    assert tfidf.similarity("b", "c") == 0
+
+    def similarity(left: str, right: str) -> float:
+        return cosine(tfidf.vector(left), tfidf.vector(right))
+
+    assert similarity("a b", "a b") == pytest.approx(1)
+    assert similarity("b", "c") == 0
     # idf(a) = log(3/3)+1 = 1, idf(b) = idf(c) = log(3/2)+1 = 1.405: cosine = 1/(1+1.405²)
-    assert tfidf.similarity("a b", "a c") == pytest.approx(1 / (1 + 1.4054651**2), rel=1e-6)
+    assert similarity("a b", "a c") == pytest.approx(1 / (1 + 1.4054651**2), rel=1e-6)
