@@ -99,7 +99,7 @@ class OpenAIUpstream:
                 async with self._client.stream("POST", "/chat/completions", json=body) as response:
                     if response.status_code != 200:
                         _raise_for(response.status_code, await response.aread())
-                    async for delta in _deltas(response.aiter_lines()):
+                    async for delta in _deltas(_lines(response.aiter_text())):
                         yield delta
         finally:
             self._num_running -= 1
@@ -134,6 +134,16 @@ def _request_body(request: ChatRequest, model: str) -> dict[str, Any]:  # Any: J
     }
     optional = {"max_tokens": request.max_tokens, "seed": request.seed, "stop": request.stop}
     return body | {key: value for key, value in optional.items() if value not in (None, ())}
+
+
+async def _lines(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """What line feeds end; httpx's own also cuts at U+2028, which JSON holds unescaped."""
+    rest = ""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            yield line
+    yield rest
 
 
 async def _deltas(lines: AsyncIterator[str]) -> AsyncIterator[Delta]:

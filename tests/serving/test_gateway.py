@@ -9,6 +9,8 @@ import openai
 import pytest
 from fastapi import FastAPI
 from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from perennial.infra.errors import AuthError
 from perennial.serving.embedded import create_embedded_engine
@@ -362,6 +364,27 @@ def test_another_gateway_serves_as_upstream(rig, url):
         long = [{"role": "user", "content": "word " * 5000}]
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(model="support", messages=long)
+
+
+def test_an_upstream_may_stream_line_separators_unescaped():
+    told = "first\u2028second\u0085third"
+
+    async def chat(_request):
+        events = [
+            {"choices": [{"delta": {"content": told}}]},
+            {"choices": [{"delta": {}, "finish_reason": "stop"}]},
+        ]
+        lines = [f"data: {json.dumps(event, ensure_ascii=False)}\r\n\r\n" for event in events]
+        raw = "".join([*lines, "data: [DONE]"]).encode()
+        return StreamingResponse(raw[i : i + 7] for i in range(0, len(raw), 7))
+
+    app = Starlette(routes=[Route("/v1/chat/completions", chat, methods=["POST"])])
+    with serving_http(app) as upstream_url:
+        front = Rig(OpenAIUpstream(f"{upstream_url}/v1", base_model="b"))
+        with serving_http(_app_over(front.engine, front)) as url:
+            body = {"model": "support", "messages": HI}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    assert answer.json()["choices"][0]["message"]["content"] == told
 
 
 def test_an_upstream_that_is_away_is_503():
