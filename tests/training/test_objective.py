@@ -387,7 +387,7 @@ def test_a_teacher_in_a_file_is_read_where_it_lies_and_gives_the_same_loss(tmp_p
     config = with_fields(recipe="replay-kd")
     model, sources = adapted(config), whole_round(config)
     write_teachers(tmp_path / "a", sources.replay[:4], list(sources.teachers.values()))
-    mapped = read_teachers(tmp_path / "a", sources.replay)
+    mapped = read_teachers(tmp_path / "a", sources.replay, config.kl_top_k)
     assert {(t.tokens_TK.dtype, t.log_probs_TK.dtype) for t in mapped.values()} == {
         (torch.int32, torch.float16)
     }

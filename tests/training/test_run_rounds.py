@@ -146,6 +146,14 @@ def test_what_a_round_learned_teaches_its_replay(tmp_path: Path) -> None:
     assert found["teachers_mb"] == sum(on_disk) / 1e6 > 0
 
 
+def test_a_round_with_another_top_k_has_no_teacher_of_before(tmp_path: Path) -> None:
+    config = {"recipe": "replay-kd-anchor", "replay_share": 0.4}
+    trained(tmp_path, "one", config=config)
+    found = second(tmp_path, config={**config, "kl_top_k": 8}, teachers="one/teachers")
+    assert found["num_taught"] == 0
+    assert np.load(tmp_path / "two" / "teachers" / "tokens.npy").shape[1] == 8
+
+
 def preferences(folder: Path) -> tuple[tuple[Pair, ...], tuple[Judgement, ...]]:
     """Files of answers that users preferred, liked and disliked, beside the job."""
     asked = [(("user", f"where is shelf {n}?"),) for n in range(12)]
