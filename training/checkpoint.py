@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from perennial.infra import artifacts
 from perennial.infra.errors import IntegrityError, UnavailableError
+from perennial.training.lora import write_tensors
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
@@ -67,14 +67,14 @@ def save(
             tensors |= {f"{key}/{name}": value for key, value in moments.items()}
         tensors[_RNG] = torch.get_rng_state()
         copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(copies, inner / _TENSORS)
+        write_tensors(inner / _TENSORS, copies)
         (inner / _STATE).write_text(json.dumps(asdict(cursor)))
 
     try:
         artifacts.publish(target, write)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise UnavailableError(
-            f"cannot write checkpoint {target}: {error}; free disk space and start again: the run "
+            f"cannot write checkpoint {target}: {error}; once there is space, start again: the run "
             "goes on from the checkpoint before",
             step=cursor.step,
         ) from error

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 
 from perennial.infra import artifacts
-from perennial.infra.errors import InputError, TrainingError
+from perennial.infra.errors import InputError, TrainingError, UnavailableError
 from perennial.training import lora, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
@@ -154,6 +155,18 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_from_it
     whole, _, _ = trained(CONFIG, tmp_path / "whole", sources)
     for name, weight in lora.state(whole).items():
         torch.testing.assert_close(lora.state(resumed)[name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_an_adapter_that_the_disk_has_no_room_for_is_said_to_be_so(tmp_path: Path) -> None:
+    model = lora.attach(tiny_model(), CONFIG)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(UnavailableError, match=r"cannot write .* free disk space"):
+            lora.save(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
