@@ -21,6 +21,7 @@ from perennial.training.lora import write_tensors
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
+_SPENT = "spent.json"
 _RNG = "rng"
 
 
@@ -103,6 +104,18 @@ def restore(
             return Cursor(job=job, found=tuple(_found(step) for step in state["found"]))
         shutil.rmtree(found)
     return Cursor(job=job)
+
+
+def note_spent(folder: Path, job: str, reason: str) -> None:
+    """Have later runs of the job know that going on from its parent left nothing to keep."""
+    artifacts.write_atomic(folder / _SPENT, json.dumps({"job": job, "reason": reason}).encode())
+
+
+def read_spent(folder: Path, job: str) -> str | None:
+    """The reason that was noted for this job."""
+    path = folder / _SPENT
+    noted = json.loads(path.read_bytes()) if path.exists() else {"job": None}
+    return str(noted["reason"]) if noted["job"] == job else None
 
 
 def _found(step: dict[str, Any]) -> Found:  # Any: JSON

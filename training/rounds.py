@@ -58,10 +58,15 @@ def write_lineage(folder: Path, lineage: Lineage) -> None:
     (folder / LINEAGE).write_text(json.dumps(asdict(lineage)))
 
 
-def begin(config: TrainConfig, parent: Lineage | None) -> Beginning:
-    """The start of a round: the config's, unless it is time to rebuild from the base."""
+def begin(config: TrainConfig, parent: Lineage | None, spent: str | None = None) -> Beginning:
+    """The start of a round: the config's, unless it is time to rebuild from the base.
+
+    spent: why it left nothing to keep to go on from the parent, where that was tried.
+    """
     if parent is None:
         return Beginning(start="base")
+    if spent:
+        return Beginning(start="base", reason=f"rebuilt: {spent}")
     if config.rebuild_every and parent.num_rounds >= config.rebuild_every:
         return Beginning(start="base", reason=f"rebuilt after {parent.num_rounds} rounds")
     if config.kl_budget and (parent.kl_to_base or 0) > config.kl_budget:

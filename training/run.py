@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from perennial.infra.errors import (
     UnavailableError,
 )
 from perennial.infra.settings import fix_cublas_workspace
-from perennial.training import lora, modelfiles, rounds, trainer
+from perennial.training import checkpoint, lora, modelfiles, rounds, trainer
 from perennial.training.cache import TrunkCache, folder_digest, model_digest
 from perennial.training.config import Start, TrainConfig
 from perennial.training.drafting import write_drafts
@@ -67,12 +67,14 @@ from perennial.training.machine import (
 from perennial.training.prepared import Sources, TrunkOf, teach
 from perennial.training.progress import Meter, ProgressLog
 from perennial.training.recipes import RECIPES
+from perennial.training.rounds import Beginning, Lineage
 from perennial.training.rows import Rows, rows_of_job
 from perennial.training.teachers import size_mb, write_teachers
 from perennial.training.tokens import TokenRow
 from perennial.training.trainer import Trained
 from perennial.training.trunk import SplitModel
 
+_LOG = logging.getLogger(__name__)
 _DISK = 6
 _EXIT_CODES: tuple[tuple[type[PerennialError], int], ...] = (
     (InputError, 2),
@@ -114,38 +116,30 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
         return
     started = time.monotonic()
     base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
-    checkpoints = out / "checkpoints"
-    num_threads = choose_threads_once(checkpoints / "num_threads", job.num_threads)
+    num_threads = choose_threads_once(out / "checkpoints" / "num_threads", job.num_threads)
     place = choose_place(job.device, job.dtype)
-    fix_cublas_workspace()
-    torch.use_deterministic_algorithms(True)
+    _be_deterministic()
     # It would fill every new tensor, 3% of a round; nothing reads memory before it is written.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
     parent = rounds.read_lineage(job.parent_adapter) if job.parent_adapter else None
-    beginning = rounds.begin(job.config, parent)
-    is_rebuild = parent is not None and beginning.start == "base"
-    rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
     model = lora.attach(modelfiles.load_model(base, place), job.config)
-    _load_start(model, job, beginning.start)
-    trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
+    learned = _learn(model, job, base, parent, out, console)
     for old in (adapter, out / "fast", out / "teachers"):
         shutil.rmtree(old, ignore_errors=True)  # of another job, or of this one killed at the end
-    alphas = _finish(model, job, beginning.start, parent, rows.dev, out)
-    _keep_teachers(model, job.config, rows.sources, out / "teachers")
-    teachers_mb = size_mb(out / "teachers")
-    lineage = rounds.after(None if is_rebuild else parent, trained.kl_to_base)
-    manifest = artifacts.publish(adapter, lambda inner: _write_adapter(model, job, lineage, inner))
+    alphas = _finish(model, job, learned.beginning.start, parent, learned.rows.dev, out)
+    _keep_teachers(model, job.config, learned.rows.sources, out / "teachers")
+    manifest = artifacts.publish(
+        adapter, lambda inner: _write_adapter(model, job, learned.lineage, inner)
+    )
     body = {
-        **_summary(job, trained, rows, manifest.digest, num_threads, place),
-        "start": asdict(beginning),
-        "lineage": asdict(lineage),
+        **_summary(job, learned, manifest.digest, num_threads, place),
         "dev_loss_by_alpha": alphas,
-        "teachers_mb": teachers_mb,
+        "teachers_mb": size_mb(out / "teachers"),
         "wall_s": time.monotonic() - started,
     }
     artifacts.write_atomic(summary, json.dumps(body, indent=1).encode())
-    shutil.rmtree(checkpoints)
-    sizes = f"peak {peak_rss_mb():.0f} MB · teachers {teachers_mb:.1f} MB on disk"
+    shutil.rmtree(out / "checkpoints")
+    sizes = f"peak {peak_rss_mb():.0f} MB · teachers {body['teachers_mb']:.1f} MB on disk"
     console.print(f"adapter {adapter} · {body['wall_s']:.0f} s · {sizes}", highlight=False)
 
 
@@ -189,8 +183,7 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     key = hashlib.sha256(repr((*files, job.seed, job.num_rows)).encode()).hexdigest()[:16]
     batches = out / f"{key}-batches"
     if not (out / key).exists():
-        fix_cublas_workspace()
-        torch.use_deterministic_algorithms(True)
+        _be_deterministic()
         choose_threads_once(batches / "num_threads", job.num_threads)
 
     def write(folder: Path) -> None:
@@ -207,6 +200,52 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     wall_s = time.monotonic() - started
     told = f"drafts {out / key} · {wall_s:.0f} s · peak {peak_rss_mb():.0f} MB"
     console.print(told, highlight=False, soft_wrap=True)
+
+
+def _be_deterministic() -> None:
+    fix_cublas_workspace()
+    torch.use_deterministic_algorithms(True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Learned:
+    """How a round began, on which rows, what came of it, and what its adapter now is."""
+
+    beginning: Beginning
+    rows: Rows
+    trained: Trained
+    lineage: Lineage
+
+
+def _learn(
+    model: Any,  # Any: peft
+    job: TrainJob,
+    base: Path,
+    parent: Lineage | None,
+    out: Path,
+    console: Console,
+) -> _Learned:
+    """The attached adapter trained; from the base, where going on from the parent keeps nothing.
+
+    Raises:
+        TrainingError: a round from the base has spent its KL budget before the first checkpoint.
+    """
+    fresh, checkpoints = lora.state(model), out / "checkpoints"
+    beginning = rounds.begin(job.config, parent, checkpoint.read_spent(checkpoints, job.digest))
+    is_rebuild = parent is not None and beginning.start == "base"
+    rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
+    _load_start(model, job, beginning.start)
+    trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
+    if trained.num_steps:
+        lineage = rounds.after(None if is_rebuild else parent, trained.kl_to_base)
+        return _Learned(beginning=beginning, rows=rows, trained=trained, lineage=lineage)
+    said = f"{trained.stopped_because}, before the first checkpoint"
+    if beginning.start == "base":
+        raise TrainingError(f"{said}, of a round from the base; lower lr or raise kl_weight")
+    _LOG.warning("%s: the round begins from the base", said)
+    checkpoint.note_spent(checkpoints, job.digest, said)
+    lora.set_state(model, fresh, out)
+    return _learn(model, job, base, parent, out, console)
 
 
 def _train(
@@ -247,7 +286,7 @@ def _finish(
     model: Any,  # Any: peft
     job: TrainJob,
     start: Start,
-    parent: rounds.Lineage | None,
+    parent: Lineage | None,
     dev: Sequence[TokenRow],
     out: Path,
 ) -> dict[float, float]:
@@ -303,10 +342,13 @@ def _trunk_of(job: TrainJob, model_folder: Path) -> TrunkOf:
 
 
 def _summary(
-    job: TrainJob, trained: Trained, rows: Rows, digest: str, num_threads: int, place: Place
+    job: TrainJob, learned: _Learned, digest: str, num_threads: int, place: Place
 ) -> dict[str, object]:
+    rows = learned.rows
     return {
-        **asdict(trained),
+        **asdict(learned.trained),
+        "start": asdict(learned.beginning),
+        "lineage": asdict(learned.lineage),
         "job_digest": job.digest,
         "adapter_digest": digest,
         "base_model": job.base_model,

@@ -36,8 +36,9 @@ _LOOK_BACK = 5  # steps whose mean loss tells whether a run diverges
 class Trained:
     """What a finished loop reports.
 
-    num_parts: into how many a batch had to be cut for memory, since resumed_from. kl_to_base: nats
-    a token of general rows, as in `recent_kl`.
+    num_steps: 0 where the KL budget was spent before the first checkpoint: the adapter is then not
+    one to keep. num_parts: into how many a batch had to be cut for memory, since resumed_from.
+    kl_to_base: nats a token of general rows, as in `recent_kl`.
     """
 
     num_steps: int
@@ -87,10 +88,9 @@ def train(
         is_last = planned.step == planned.num_steps
         if planned.step % config.checkpoint_steps and not is_last:
             continue
-        kl = recent_kl(done, config.checkpoint_steps)
-        if config.kl_budget and kl is not None and kl > config.kl_budget:
+        if said := over_budget(done, config):
             good = checkpoint.restore(checkpoints, job, weights, optimizer)
-            said = said_of_budget(good, kl, planned.step, config.kl_budget)
+            _LOG.warning("%s: back to step=%d", said, good.step)
             trained = _trained(good.found, config, restored.step, num_parts)
             return replace(trained, stopped_because=said)
         if not is_last:
@@ -111,6 +111,14 @@ def recent_kl(done: Sequence[Found], num_looks: int) -> float | None:
     """Mean KL of the newest `num_looks` steps that had general rows; None if none had."""
     kls = [step.kl for step in done if step.kl is not None][-num_looks:]
     return sum(kls) / len(kls) if kls else None
+
+
+def over_budget(done: Sequence[Found], config: TrainConfig) -> str | None:
+    """Why a run goes back to its last checkpoint; None within the KL budget, or without one."""
+    kl = recent_kl(done, config.checkpoint_steps)
+    if not config.kl_budget or kl is None or kl <= config.kl_budget:
+        return None
+    return f"KL to the base is {kl:.3g} at step {len(done)}, over kl_budget {config.kl_budget:g}"
 
 
 def mix_of(sources: Sources, config: TrainConfig) -> Mix:
@@ -225,19 +233,6 @@ def check_loss(
         "or remove these rows",
         step=step,
     )
-
-
-def said_of_budget(good: Cursor, kl: float, step: int, budget: float) -> str:
-    """Why a run went back to its last good checkpoint.
-
-    Raises:
-        TrainingError: there is none.
-    """
-    said = f"KL to the base is {kl:.3g} at step {step}, over kl_budget {budget:g}"
-    if good.step == 0:
-        raise TrainingError(f"{said}, before the first checkpoint; lower lr or raise kl_weight")
-    _LOG.warning("%s: back to step=%d", said, good.step)
-    return said
 
 
 def _found(found: BatchLoss, row_losses: Sequence[float]) -> Found:

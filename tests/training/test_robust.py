@@ -358,11 +358,12 @@ def test_a_resumed_run_still_knows_how_it_began(
     assert len(steps) == len(whole) - 3
 
 
-def test_a_kl_budget_spent_before_the_first_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_a_kl_budget_spent_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     sources = Sources(new=encoded(0, 10), general=encoded(40, 4, "general"))
     config = with_fields(kl_budget=1e-9, general_share=0.3)
-    with pytest.raises(TrainingError, match="before the first checkpoint; lower lr"):
-        trained(config, tmp_path, sources)
+    _, found, _ = trained(config, tmp_path, sources)
+    assert found.num_steps == 0
+    assert "at step 3, over kl_budget 1e-09" in str(found.stopped_because)
 
 
 def test_b_learns_faster_than_a_by_its_ratio() -> None:
