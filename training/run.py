@@ -180,8 +180,8 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     started = time.monotonic()
     base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     files = [folder_digest(base, pattern) for pattern in (modelfiles.weights_pattern(base), "*.j*")]
-    key = hashlib.sha256(repr((*files, job.seed, job.num_rows)).encode()).hexdigest()[:16]
-    batches = out / f"{key}-batches"
+    key = _key(*files, job.seed, job.num_rows)
+    batches = out / f"{_key(*files, job.seed)}-batches"  # the same for any number of rows
     if not (out / key).exists():
         _be_deterministic()
         choose_threads_once(batches / "num_threads", job.num_threads)
@@ -361,6 +361,10 @@ def _summary(
         **asdict(place),
         **_peaks(),
     }
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _peaks() -> dict[str, float]:
