@@ -37,7 +37,7 @@ from perennial.training.cache import TrunkCache, folder_digest, model_digest
 from perennial.training.config import Start, TrainConfig
 from perennial.training.drafting import write_drafts
 from perennial.training.evaluate import (
-    Limits,
+    SuiteRow,
     SuiteSummary,
     base_top_k,
     evaluate,
@@ -46,7 +46,7 @@ from perennial.training.evaluate import (
     reference_nlls,
 )
 from perennial.training.general import write_general
-from perennial.training.grading import EvalRow, read_suite
+from perennial.training.grading import read_suite
 from perennial.training.job import (
     DraftJob,
     EvalJob,
@@ -154,15 +154,15 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
     folder = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     tokenizer = modelfiles.load_tokenizer(folder)
     model = modelfiles.load_model(folder, place)
-    limits = Limits(max_new_tokens=job.max_new_tokens, max_len=longest_row(folder))
-    suites, left_out = _suites(job, tokenizer, limits.max_len, console)
-    base = {name: base_top_k(model, tokenizer, suites[name], limits) for name in job.kl_suites}
+    suites, left_out = _suites(job, tokenizer, longest_row(folder), console)
+    base = {name: base_top_k(model, suites[name]) for name in job.kl_suites}
     table: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, adapter in job.adapters.items():
         kept = lora.merge(model, adapter) if adapter else {}
         table[name] = {}
         for suite, rows in suites.items():
-            results, summary = evaluate(model, tokenizer, rows, limits, base.get(suite))
+            max_new = job.max_new_tokens
+            results, summary = evaluate(model, tokenizer, rows, max_new, base.get(suite))
             lines = (json.dumps(asdict(row), ensure_ascii=False) for row in results)
             content = "".join(line + "\n" for line in lines).encode()
             artifacts.write_atomic(out / name / f"{suite}.jsonl", content)
@@ -386,7 +386,7 @@ def _suites(
     tokenizer: Any,  # Any: transformers
     max_len: int,
     console: Console,
-) -> tuple[dict[str, tuple[EvalRow, ...]], list[dict[str, object]]]:
+) -> tuple[dict[str, tuple[SuiteRow, ...]], list[dict[str, object]]]:
     """The rows to score by suite, and those that are too long, which the log counts."""
     suites, left_out = {}, []
     for name, path in job.suites.items():

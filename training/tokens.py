@@ -35,6 +35,12 @@ class TokenRow:
         return len(self.ids_T)
 
     @property
+    def prompt(self) -> list[int]:
+        """The ids that the completion follows."""
+        ids: list[int] = self.ids_T[: self.num_prompt].tolist()
+        return ids
+
+    @property
     def label_mask_T(self) -> NDArray[np.bool_]:
         """True where the token belongs to the completion, so is a label."""
         return np.arange(len(self.ids_T)) >= self.num_prompt

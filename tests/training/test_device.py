@@ -24,7 +24,7 @@ from perennial.training import checkpoint, lora, objective, rounds, trainer
 from perennial.training.cache import TrunkCache
 from perennial.training.checkpoint import Cursor, Found
 from perennial.training.config import TrainConfig
-from perennial.training.evaluate import Limits, base_top_k, evaluate
+from perennial.training.evaluate import SuiteRow, base_top_k, evaluate, leave_out_long
 from perennial.training.grading import EvalRow
 from perennial.training.job import Device, DType
 from perennial.training.machine import CPU, Place, choose_place
@@ -113,23 +113,24 @@ def test_moments_in_bf16_are_float32_and_a_resumed_run_goes_on(tiny: Path, tmp_p
     assert [s.loss for s in resumed] == [s.loss for s in whole[-len(resumed) :]]
 
 
-def suite(num: int = 6) -> list[EvalRow]:
-    return [
+def suite(num: int = 6) -> tuple[SuiteRow, ...]:
+    asked = [
         EvalRow(id=row.id, messages=row.messages, reference=row.completion, rule="exact")
         for row in (example(n) for n in range(num))
     ]
+    return leave_out_long(tiny_tokenizer(), asked, 512)[0]
 
 
 def test_an_evaluation_in_bf16_is_near_that_of_float32(tiny: Path, tmp_path: Path) -> None:
     """An adapter is merged in float32 and the sum rounded; taking it off restores every bit."""
     lora.save(adapted(CONFIG), tmp_path)
-    limits, found = Limits(max_new_tokens=4), []
+    found = []
     for place in (CPU, BF16):
         model = load_model(tiny, place)
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        base = base_top_k(model, tiny_tokenizer(), suite(), limits)
+        base = base_top_k(model, suite())
         kept = lora.merge(model, tmp_path)
-        results, summary = evaluate(model, tiny_tokenizer(), suite(), limits, base)
+        results, summary = evaluate(model, tiny_tokenizer(), suite(), 4, base)
         lora.unmerge(model, kept)
         assert all(torch.equal(before[n], weight) for n, weight in model.state_dict().items())
         found.append((summary.nll, sum(row.kl or 0 for row in results) / len(results)))
@@ -247,11 +248,11 @@ def test_a_batch_is_copied_as_often_with_many_rows_as_with_few() -> None:
 
 def test_every_tensor_of_an_evaluation_lives_on_the_models_device(tmp_path: Path) -> None:
     lora.save(adapted(CONFIG), tmp_path)
-    model, limits = tiny_model().to("meta"), Limits(max_new_tokens=3)
+    model = tiny_model().to("meta")
     with Apart():
-        base = base_top_k(model, tiny_tokenizer(), suite(), limits)
+        base = base_top_k(model, suite())
         kept = lora.merge(model, tmp_path)
-        results, _ = evaluate(model, tiny_tokenizer(), suite(), limits, base)
+        results, _ = evaluate(model, tiny_tokenizer(), suite(), 3, base)
         lora.unmerge(model, kept)
     assert len(results) == 6
 
