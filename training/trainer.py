@@ -21,9 +21,9 @@ from perennial.training import checkpoint, lora, objective
 from perennial.training.checkpoint import Cursor, Found
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
-from perennial.training.mix import Batch, Mix, Planned, Shares, make_mix, steps
+from perennial.training.mix import Batch, Mix, Planned, Shares, Source, make_mix, steps
 from perennial.training.objective import BatchLoss
-from perennial.training.prepared import GENERAL, Prepared, Sources, TrunkOf, prepare
+from perennial.training.prepared import Prepared, Sources, TrunkOf, prepare
 from perennial.training.progress import StepRecord
 from perennial.training.recipes import RECIPES
 from perennial.training.trunk import SplitModel
@@ -69,7 +69,7 @@ def train(
     """
     mix = mix_of(sources, config)
     check_budget(mix, config)
-    prepared = prepare(model, sources, config, trunk_of, mix.drawable)
+    prepared = prepare(model, sources, config, mix.drawable, trunk_of)
     weights = lora.trainable(model)
     optimizer = make_optimizer(weights, config)
     restored = checkpoint.restore(checkpoints, job, weights, optimizer)
@@ -100,7 +100,7 @@ def train(
 
 def check_budget(mix: Mix, config: TrainConfig) -> None:
     """Raise InputError for a KL budget that nothing would be measured for."""
-    if config.kl_budget and not any(pick.source == GENERAL for pick in mix.drawable):
+    if config.kl_budget and not any(pick.source == Source.GENERAL for pick in mix.drawable):
         raise InputError(
             f"kl_budget is {config.kl_budget:g}, but this round draws no general rows, on which "
             "the KL is measured; take a recipe with an anchor and a general_share, or set it to 0"

@@ -28,9 +28,9 @@ from perennial.training.evaluate import SuiteRow, base_top_k, evaluate, leave_ou
 from perennial.training.grading import EvalRow
 from perennial.training.job import Device, DType
 from perennial.training.machine import CPU, Place, choose_place
-from perennial.training.mix import Pick, Planned
+from perennial.training.mix import Pick, Planned, Source
 from perennial.training.modelfiles import load_model
-from perennial.training.prepared import NEW, Sources, prepare
+from perennial.training.prepared import Sources, prepare
 from perennial.training.progress import StepRecord
 from perennial.training.trunk import SplitModel
 from tests.training.builders import example, save_tiny, tiny_model, tiny_tokenizer, write_job
@@ -95,7 +95,8 @@ def test_gradients_in_bf16_point_where_those_of_float32_do(tiny: Path, kernels: 
     found = []
     for place in (CPU, BF16):
         model = adapted(config, load_model(tiny, place))
-        prepared = prepare(model, whole_round(config), config)
+        sources = whole_round(config)
+        prepared = prepare(model, sources, config, sources.picks)
         gradients_of(model, prepared, config)
         found.append(torch.cat([w.grad.flatten() for w in lora.trainable(model).values()]))
     assert {grad.dtype for grad in found} == {torch.float32}
@@ -213,7 +214,7 @@ def test_every_tensor_of_a_round_lives_on_the_models_device(fields: dict[str, An
     sources = whole_round(config)
     model = adapted(config).to("meta")
     with Apart():
-        prepared = prepare(model, sources, config)
+        prepared = prepare(model, sources, config, sources.picks)
         gradients_of(model, prepared, config)
     assert {weight.grad.device.type for weight in lora.trainable(model).values()} == {"meta"}
     kept = [*prepared.trunks.values(), [t.tokens_TK for t in prepared.teachers.values()]]
@@ -236,9 +237,10 @@ def test_a_batch_is_copied_as_often_with_many_rows_as_with_few() -> None:
     model = adapted(config).to("meta")
     copied = []
     with Apart() as seen:
-        prepared = prepare(model, Sources(new=rows(0, 9)), config)
+        sources = Sources(new=rows(0, 9))
+        prepared = prepare(model, sources, config, sources.picks)
         for num in (2, 9):
-            batch = tuple(Pick(source=NEW, index=index) for index in range(num))
+            batch = tuple(Pick(source=Source.NEW, index=index) for index in range(num))
             over = objective.sums(prepared, batch, config)
             seen.num_copied.clear()
             objective.batch_loss(prepared, batch, over, config, 1).total.backward()

@@ -20,7 +20,7 @@ from perennial.infra.errors import InputError, TrainingError, UnavailableError
 from perennial.training import lora, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
-from perennial.training.mix import Pick, Planned
+from perennial.training.mix import Pick, Planned, Source
 from perennial.training.objective import BatchLoss
 from perennial.training.prepared import Sources, log_probs_of, prepare, teach
 from perennial.training.progress import StepRecord
@@ -179,10 +179,10 @@ def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
     config = CONFIG
     sources = Sources(new=encoded(0, 3))
     model = lora.attach(tiny_model(), config)
-    prepared = prepare(model, sources, config)
+    prepared = prepare(model, sources, config, sources.picks)
     broken = trainer.replace(prepared, split=Refusing())
     optimizer = trainer.make_optimizer(lora.trainable(model), config)
-    batch = (Pick(source=0, index=0),)
+    batch = (Pick(source=Source.NEW, index=0),)
     planned = Planned(step=7, num_steps=9, batch=batch)
     with pytest.raises(TrainingError, match="one row at a time") as told:
         trainer.gradients(broken, planned, config, optimizer, 1)
@@ -217,8 +217,9 @@ def test_memory_that_is_refused_for_one_row_is_an_error_that_says_what_to_do() -
 
     model = lora.attach(tiny_model(), CONFIG)
     model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(refuse)
+    sources = Sources(new=encoded(0, 3))
     with pytest.raises(TrainingError, match="outside a step; lower max_len"):
-        prepare(model, Sources(new=encoded(0, 3)), CONFIG)
+        prepare(model, sources, CONFIG, sources.picks)
 
 
 def found_with(losses: dict[str, float]) -> BatchLoss:
