@@ -45,7 +45,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     epochs: int = 8  # passes over the new rows
     batch_tokens: int = 256  # trained tokens of one step
-    max_len: int = 512  # a longer row is refused
+    max_len: int = 512  # a longer row is left out
     replay_share: float = 0.21  # of all tokens of an epoch
     general_share: float = 0.12
     mastered: float = 0.05  # nats a token; a new row under it rests, replay has its tokens; 0: none

@@ -6,7 +6,7 @@ adapter's tensors, named as in PEFT's file; ΔW of a layer is scale·B·A.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -130,11 +130,9 @@ def truncated(left_OS: Tensor, right_SD: Tensor, rank: int) -> tuple[Tensor, Ten
     return b.to(left_OS.dtype), a.to(right_SD.dtype).contiguous()
 
 
-def sweep(
-    parent: State, new: State, loss_of: Callable[[State], float], alphas: Sequence[float] = ALPHAS
-) -> dict[float, float]:
+def sweep(parent: State, new: State, loss_of: Callable[[State], float]) -> dict[float, float]:
     """The dev loss of each α; the smallest wins, and of equals the largest α."""
-    return {alpha: loss_of(blend(parent, new, alpha)) for alpha in alphas}
+    return {alpha: loss_of(blend(parent, new, alpha)) for alpha in ALPHAS}
 
 
 def best(losses: Mapping[float, float]) -> float:

@@ -87,7 +87,7 @@ _EXIT_CODES: tuple[tuple[type[PerennialError], int], ...] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code; errors go to standard error as one line."""
-    parsed = _parser().parse_args(_with_command(arguments or sys.argv[1:]))
+    parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     console = Console(stderr=False)
     try:
@@ -353,7 +353,6 @@ def _summary(
         "adapter_digest": digest,
         "base_model": job.base_model,
         "config": job.config.to_json(),
-        "config_fingerprint": job.config.fingerprint,
         "num_rows": _num_rows(rows.sources),
         "num_taught": len(rows.sources.teachers),
         "left_out": [asdict(row) for row in rows.left_out],
@@ -418,12 +417,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("job", type=Path, help="the job file (JSON)")
         command.add_argument("out", type=Path, help="the folder to fill")
     return parser
-
-
-def _with_command(arguments: Sequence[str]) -> list[str]:
-    """`run job.json out/` means `run train job.json out/`."""
-    known = {"train", "evaluate", "draft", "-h", "--help"}
-    return [*arguments] if arguments and arguments[0] in known else ["train", *arguments]
 
 
 if __name__ == "__main__":

@@ -130,5 +130,5 @@ def _encode_template(tokenizer: Any, text: str) -> list[int]:  # Any: transforme
 
 
 def _mark(index: int) -> str:
-    # Private-use characters: `text.clean` removes them from contents, so no content holds a mark.
+    # Private-use characters: a template's own text has none, so no mark is found before its place.
     return f"\ue000{index}\ue001"
