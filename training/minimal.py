@@ -15,7 +15,7 @@ from torch.nn import functional
 from perennial.training.config import TrainConfig
 from perennial.training.loss import TopK
 from perennial.training.mix import Source, steps
-from perennial.training.objective import left_out
+from perennial.training.objective import dropped_positions
 from perennial.training.prepared import Sources
 from perennial.training.recipes import RECIPES
 from perennial.training.tokens import TokenRow
@@ -44,7 +44,7 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
                 continue
             blend = RECIPES[config.recipe].replay_blend or 0.0
             teacher = sources.teachers.get(row.id) if pick.source == Source.REPLAY else None
-            gone = left_out(row, pick, config, planned.step)
+            gone = dropped_positions(row, pick, config, planned.step)
             of_row = completion_losses(model, row, gone)
             if blend and teacher is not None:
                 of_row = (1 - blend) * of_row + blend * kl(model, row, teacher, gone)

@@ -130,11 +130,11 @@ def _row_settings(
         if is_general or not isinstance(unit, TokenRow):
             dropped += [frozenset[int]()] * len(rows_of(unit))
             continue
-        dropped.append(left_out(unit, pick, config, step))
+        dropped.append(dropped_positions(unit, pick, config, step))
     return kinds, dropped
 
 
-def left_out(row: TokenRow, pick: Pick, config: TrainConfig, step: int) -> frozenset[int]:
+def dropped_positions(row: TokenRow, pick: Pick, config: TrainConfig, step: int) -> frozenset[int]:
     """The positions of a row's question to leave out of one step.
 
     A question that is never asked twice in the same words is learned by what its wordings share.
