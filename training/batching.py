@@ -67,18 +67,13 @@ def pack(
     are positions of row b's prompt to leave out; the others keep their positions, so this is a
     masked token and not another text.
     """
-    # Without the prompt's last token the first label would be predicted from itself.
-    gone = [
-        part - {row.num_prompt - 1}
-        for row, part in zip(rows, dropped or [frozenset[int]()] * len(rows), strict=True)
-    ]
+    gone = _without_last(rows, dropped) if dropped else [frozenset[int]()] * len(rows)
     shared = min([shared_prefix(rows), *(min(part) for part in gone if part)])
     parts = [np.stack([np.full(shared, -1), np.arange(shared), rows[0].ids_T[:shared]])]
     predict, label, owner, at = [], [], [], []
     offset = shared
     for index, (row, scope) in enumerate(zip(rows, labels, strict=True)):
-        kept = [at for at in range(shared, row.num_tokens) if at not in gone[index]]
-        source = np.array(kept)
+        source = np.array([i for i in range(shared, row.num_tokens) if i not in gone[index]])
         size = len(source)
         parts.append(np.stack([np.full(size, index), source, row.ids_T[source]]))
         first = row.num_prompt if scope == "completion" else 1
@@ -99,6 +94,13 @@ def pack(
         owner_M=np.concatenate(owner),
         at_M=np.concatenate(at),
     )
+
+
+def _without_last(
+    rows: Sequence[TokenRow], dropped: Sequence[frozenset[int]]
+) -> list[frozenset[int]]:
+    # Without the prompt's last token the first label would be predicted from itself.
+    return [part - {row.num_prompt - 1} for row, part in zip(rows, dropped, strict=True)]
 
 
 def shared_prefix(rows: Sequence[TokenRow]) -> int:

@@ -80,20 +80,16 @@ def train(
         found, num_parts = gradients(prepared, planned, config, optimizer, num_parts)
         norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), config.max_grad_norm)
         done.append(_found(found, objective.unit_losses(prepared, planned.batch, found)))
-        losses = [step.loss for step in done]
-        check_loss(losses, float(norm), found, planned.step, model.config.vocab_size)
+        vocabulary = model.config.vocab_size
+        check_loss([step.loss for step in done], float(norm), found, planned.step, vocabulary)
         optimizer.step()
         seen.append(done[-1].row_losses)
         on_step(_record(planned, found, lr, float(norm), time.monotonic() - started))
-        is_last = planned.step == planned.num_steps
-        if planned.step % config.checkpoint_steps and not is_last:
-            continue
-        if said := over_budget(done, config):
+        if said := over_budget(done, planned, config):
             good = checkpoint.restore(checkpoints, job, weights, optimizer)
             _LOG.warning("%s: back to step=%d", said, good.step)
-            trained = _trained(good.found, config, restored.step, num_parts)
-            return replace(trained, stopped_because=said)
-        if not is_last:
+            return _trained(good.found, config, restored.step, num_parts, said)
+        if planned.step % config.checkpoint_steps == 0 and planned.step < planned.num_steps:
             checkpoint.save(checkpoints, Cursor(job=job, found=tuple(done)), weights, optimizer)
     return _trained(done, config, restored.step, num_parts)
 
@@ -113,12 +109,16 @@ def recent_kl(done: Sequence[Found], num_looks: int) -> float | None:
     return sum(kls) / len(kls) if kls else None
 
 
-def over_budget(done: Sequence[Found], config: TrainConfig) -> str | None:
-    """Why a run goes back to its last checkpoint; None within the KL budget, or without one."""
-    kl = recent_kl(done, config.checkpoint_steps)
-    if not config.kl_budget or kl is None or kl <= config.kl_budget:
+def over_budget(done: Sequence[Found], planned: Planned, config: TrainConfig) -> str | None:
+    """Why a run goes back to its last checkpoint; None within the KL budget, or without one.
+
+    It is looked at where checkpoints are, and after the last step.
+    """
+    is_look = planned.step % config.checkpoint_steps == 0 or planned.step == planned.num_steps
+    kl = recent_kl(done, config.checkpoint_steps) if config.kl_budget and is_look else None
+    if kl is None or kl <= config.kl_budget:
         return None
-    return f"KL to the base is {kl:.3g} at step {len(done)}, over kl_budget {config.kl_budget:g}"
+    return f"KL to the base is {kl:.3g} at step {planned.step}, over kl_budget {config.kl_budget:g}"
 
 
 def mix_of(sources: Sources, config: TrainConfig) -> Mix:
@@ -245,7 +245,11 @@ def _found(found: BatchLoss, row_losses: Sequence[float]) -> Found:
 
 
 def _trained(
-    done: Sequence[Found], config: TrainConfig, resumed_from: int, num_parts: int
+    done: Sequence[Found],
+    config: TrainConfig,
+    resumed_from: int,
+    num_parts: int,
+    stopped_because: str | None = None,
 ) -> Trained:
     return Trained(
         num_steps=len(done),
@@ -254,6 +258,7 @@ def _trained(
         last_loss=done[-1].loss if done else math.nan,
         num_parts=num_parts,
         kl_to_base=recent_kl(done, config.checkpoint_steps),
+        stopped_because=stopped_because,
     )
 
 
