@@ -229,8 +229,8 @@ def check_loss(
     worst = sorted(found.row_losses, key=lambda id_: _badness(found.row_losses[id_]))[:3]
     rows = ", ".join(f"{id_} ({found.row_losses[id_]:.3g})" for id_ in worst)
     raise TrainingError(
-        f"{trouble} at step {step}; rows with the highest loss: {rows}; lower lr, or correct "
-        "or remove these rows",
+        f"{trouble} at step {step}; rows with the highest loss: {rows}; lower lr: the rows "
+        "of a round stay as they are, unless their user is erased",
         step=step,
     )
 
