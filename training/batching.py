@@ -4,13 +4,15 @@ Training: the rows of a batch become one sequence, first the prefix that all of 
 each row's rest; a row sees the prefix and itself. Generation: rows of like length together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perennial.training.tokens import TokenRow
+
+_FULL_BATCH_LEN = 1024  # tokens of a prompt up to which a batch has as many rows as it may
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +67,13 @@ def pack(
     are positions of row b's prompt to leave out; the others keep their positions, so this is a
     masked token and not another text.
     """
-    # Without the prompt's last token the first label would be predicted from itself.
-    gone = [
-        part - {row.num_prompt - 1}
-        for row, part in zip(rows, dropped or [frozenset[int]()] * len(rows), strict=True)
-    ]
+    gone = _without_last(rows, dropped) if dropped else [frozenset[int]()] * len(rows)
     shared = min([shared_prefix(rows), *(min(part) for part in gone if part)])
     parts = [np.stack([np.full(shared, -1), np.arange(shared), rows[0].ids_T[:shared]])]
     predict, label, owner, at = [], [], [], []
     offset = shared
     for index, (row, scope) in enumerate(zip(rows, labels, strict=True)):
-        kept = [at for at in range(shared, row.num_tokens) if at not in gone[index]]
-        source = np.array(kept)
+        source = np.array([i for i in range(shared, row.num_tokens) if i not in gone[index]])
         size = len(source)
         parts.append(np.stack([np.full(size, index), source, row.ids_T[source]]))
         first = row.num_prompt if scope == "completion" else 1
@@ -97,6 +94,13 @@ def pack(
         owner_M=np.concatenate(owner),
         at_M=np.concatenate(at),
     )
+
+
+def _without_last(
+    rows: Sequence[TokenRow], dropped: Sequence[frozenset[int]]
+) -> list[frozenset[int]]:
+    # Without the prompt's last token the first label would be predicted from itself.
+    return [part - {row.num_prompt - 1} for row, part in zip(rows, dropped, strict=True)]
 
 
 def shared_prefix(rows: Sequence[TokenRow]) -> int:
@@ -126,3 +130,15 @@ def length_sorted(num_tokens: Sequence[int], max_rows: int) -> list[list[int]]:
     """Indices in batches of like length, longest first, so that little is padded."""
     order = sorted(range(len(num_tokens)), key=lambda index: (-num_tokens[index], index))
     return [order[i : i + max_rows] for i in range(0, len(order), max_rows)]
+
+
+def of_like_length(num_tokens: Sequence[int], max_rows: int) -> Iterator[list[int]]:
+    """Indices of prompts of like length; of long ones fewer, as attention grows with the square.
+
+    >>> list(of_like_length([10, 2048, 2048, 20], max_rows=4))
+    [[1], [2], [3], [0]]
+    """
+    for indices in length_sorted(num_tokens, max_rows):
+        longest = max(_FULL_BATCH_LEN, num_tokens[indices[0]])
+        size = max(1, max_rows * _FULL_BATCH_LEN**2 // longest**2)
+        yield from (indices[at : at + size] for at in range(0, len(indices), size))

@@ -11,16 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from perennial.infra import artifacts
 from perennial.infra.errors import IntegrityError, UnavailableError
+from perennial.training.lora import write_tensors
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
+_SPENT = "spent.json"
 _RNG = "rng"
 
 
@@ -67,14 +68,14 @@ def save(
             tensors |= {f"{key}/{name}": value for key, value in moments.items()}
         tensors[_RNG] = torch.get_rng_state()
         copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(copies, inner / _TENSORS)
+        write_tensors(inner / _TENSORS, copies)
         (inner / _STATE).write_text(json.dumps(asdict(cursor)))
 
     try:
         artifacts.publish(target, write)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise UnavailableError(
-            f"cannot write checkpoint {target}: {error}; free disk space and start again: the run "
+            f"cannot write checkpoint {target}: {error}; once there is space, start again: the run "
             "goes on from the checkpoint before",
             step=cursor.step,
         ) from error
@@ -103,6 +104,18 @@ def restore(
             return Cursor(job=job, found=tuple(_found(step) for step in state["found"]))
         shutil.rmtree(found)
     return Cursor(job=job)
+
+
+def note_spent(folder: Path, job: str, reason: str) -> None:
+    """Have later runs of the job know that going on from its parent left nothing to keep."""
+    artifacts.write_atomic(folder / _SPENT, json.dumps({"job": job, "reason": reason}).encode())
+
+
+def read_spent(folder: Path, job: str) -> str | None:
+    """The reason that was noted for this job."""
+    path = folder / _SPENT
+    noted = json.loads(path.read_bytes()) if path.exists() else {"job": None}
+    return str(noted["reason"]) if noted["job"] == job else None
 
 
 def _found(step: dict[str, Any]) -> Found:  # Any: JSON

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from perennial.infra.errors import ConfigError
 
-Targets = Literal["all-linear", "mlp", "attention"]
+TargetModules = Literal["all-linear", "mlp", "attention"]
 Start = Literal["parent", "base", "slow-fast", "blend"]
 RecipeName = Literal["sft", "replay", "replay-kd", "anchor", "replay-kd-anchor"]
 
@@ -33,7 +33,7 @@ class TrainConfig:
     rank: int = 16
     alpha: float = 32.0
     scaling: Literal["classic", "rslora"] = "classic"
-    targets: Targets = "all-linear"
+    targets: TargetModules = "all-linear"
     top_layers: int = 20  # LoRA on the last so many layers; those below are frozen and cached
     start: Start = "parent"  # what becomes of a parent adapter: see `rounds`
     rebuild_every: int = 0  # rounds on one adapter until it is rebuilt on the buffer; 0: never
@@ -45,7 +45,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     epochs: int = 8  # passes over the new rows
     batch_tokens: int = 256  # trained tokens of one step
-    max_len: int = 512  # a longer row is refused
+    max_len: int = 512  # a longer row is left out
     replay_share: float = 0.21  # of all tokens of an epoch
     general_share: float = 0.12
     mastered: float = 0.05  # nats a token; a new row under it rests, replay has its tokens; 0: none

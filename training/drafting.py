@@ -19,8 +19,8 @@ from torch import Tensor
 
 from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import InputError
-from perennial.training.evaluate import Choose, Limits, generate_ids
 from perennial.training.general import Draft, fit_drafts
+from perennial.training.generate import Choose, generate_ids
 from perennial.training.progress import Meter
 from perennial.training.text import clean, words
 from perennial.training.tokens import encode_prompt, open_user_turn
@@ -28,8 +28,8 @@ from perennial.training.tokens import encode_prompt, open_user_turn
 _LOG = logging.getLogger(__name__)
 BATCH_ROWS = 16
 MAX_TRIES = 8
-_QUESTION = Limits(max_new_tokens=64)
-_ANSWER = Limits(max_new_tokens=256)
+_QUESTION_TOKENS = 64
+_ANSWER_TOKENS = 256
 _TOP_K = 50
 
 
@@ -87,23 +87,23 @@ def _draft(model: Any, tokenizer: Any, seed: int) -> Iterator[Draft]:  # Any: tr
     """A batch: questions that the model ended are answered, the others count as not ended."""
     opening, end = open_user_turn(tokenizer)
     choose = sampled(torch.Generator().manual_seed(seed))
-    asked = generate_ids(model, [opening] * BATCH_ROWS, _QUESTION, end, choose)
+    asked = generate_ids(model, [opening] * BATCH_ROWS, _QUESTION_TOKENS, end, choose)
     questions = [clean(tokenizer.decode(ids, skip_special_tokens=True)) for ids in asked]
     whole = [
         index
         for index, ids in enumerate(asked)
-        if len(ids) < _QUESTION.max_new_tokens and words(questions[index])
+        if len(ids) < _QUESTION_TOKENS and words(questions[index])
     ]
     prompts = [encode_prompt(tokenizer, (("user", questions[index]),)) for index in whole]
     eos = int(tokenizer.eos_token_id)
-    told = generate_ids(model, prompts, _ANSWER, eos, choose) if prompts else []
+    told = generate_ids(model, prompts, _ANSWER_TOKENS, eos, choose) if prompts else []
     answers = dict(zip(whole, told, strict=True))
     for index, ids in enumerate(asked):
         answer = answers.get(index, [])
         yield Draft(
             prompt=questions[index],
             answer=tokenizer.decode(answer, skip_special_tokens=True).strip(),
-            has_ended=index in answers and len(answer) < _ANSWER.max_new_tokens,
+            has_ended=index in answers and len(answer) < _ANSWER_TOKENS,
             num_tokens=len(ids) + len(answer),
         )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _ADAPTER = "default"
 
 
@@ -23,7 +23,7 @@ def can_fuse(model: Any) -> bool:  # Any: transformers
     """True where the layers are Llama's in fp32 or bf16 and the adapter, if any, is plain LoRA."""
     config = model.config
     dora = any(getattr(module, "use_dora", {}).get(_ADAPTER) for module in model.modules())
-    is_known = config.model_type in _TYPES and config.hidden_act == "silu"
+    is_known = config.model_type in LLAMA_LIKE and config.hidden_act == "silu"
     return is_known and model.dtype in (torch.float32, torch.bfloat16) and not dora
 
 

@@ -16,7 +16,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from perennial.infra.errors import IntegrityError, ModelMissingError, TrainingError
+from perennial.infra.errors import (
+    IntegrityError,
+    ModelMissingError,
+    TrainingError,
+    UnavailableError,
+)
 from perennial.training.config import TARGET_MODULES, TrainConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -56,12 +61,30 @@ def trainable(model: Any) -> dict[str, Tensor]:  # Any: peft
 
 
 def save(model: Any, folder: Path, *, shrink: float = 1.0) -> None:  # Any: peft
-    """Write weights and config into `folder`, ΔW multiplied by `shrink`."""
+    """Write weights and config into `folder`, ΔW multiplied by `shrink`.
+
+    Raises:
+        UnavailableError: the weights cannot be written.
+    """
     scaled = {name: _scaled(name, weight, shrink) for name, weight in state(model).items()}
-    safetensors.torch.save_file(scaled, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, scaled)
     fields = _plain(model.peft_config["default"].to_dict())
     fields |= {"base_model_name_or_path": "", "inference_mode": True}
     (folder / CONFIG).write_text(json.dumps(fields, indent=1, sort_keys=True))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file.
+
+    Raises:
+        UnavailableError: it cannot be written, the disk is full say.
+    """
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UnavailableError(
+            f"cannot write {path}: {error}; free disk space and run it again"
+        ) from error
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:

@@ -72,12 +72,16 @@ def choose_place(device: Device, dtype: DType) -> Place:
 
 def choose_threads(wanted: int | None) -> int:
     """Set and return torch's threads: `wanted`, or as `threads_for` this machine as it is now."""
+    num = wanted or _threads_for_now()
+    torch.set_num_threads(num)
+    return num
+
+
+def _threads_for_now() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Not the load average: it still counts what ended a minute ago.
     idle_share = 1 - psutil.cpu_percent(interval=_LOOK_S) / 100
-    num = wanted or threads_for(allowed or 1, cpu_quota(), idle_share)
-    torch.set_num_threads(num)
-    return num
+    return threads_for(allowed or 1, cpu_quota(), idle_share)
 
 
 def threads_for(num_allowed: int, quota: float, idle_share: float) -> int:

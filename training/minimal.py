@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from perennial.training.config import TrainConfig
 from perennial.training.loss import TopK
-from perennial.training.mix import steps
-from perennial.training.objective import left_out
-from perennial.training.prepared import GENERAL, REPLAY, Sources
+from perennial.training.mix import Source, steps
+from perennial.training.objective import dropped_positions
+from perennial.training.prepared import Sources
 from perennial.training.recipes import RECIPES
 from perennial.training.tokens import TokenRow
 from perennial.training.trainer import learning_rate, mix_of
@@ -35,16 +35,16 @@ def train_plainly(model: Any, sources: Sources, config: TrainConfig) -> list[flo
         labelled, distilled = [], []
         seen.append([])
         for pick in planned.batch:
-            row = sources.parts[pick.source][pick.index]
+            row = sources.unit(pick)
             assert isinstance(row, TokenRow)
-            if pick.source == GENERAL:
+            if pick.source == Source.GENERAL:
                 anchor, blend = kl_to_base(model, row, config.kl_top_k), config.general_blend
                 distilled.append(blend * anchor + (1 - blend) * completion_losses(model, row))
                 seen[-1].append(distilled[-1].mean().item())
                 continue
             blend = RECIPES[config.recipe].replay_blend or 0.0
-            teacher = sources.teachers.get(row.id) if pick.source == REPLAY else None
-            gone = left_out(row, pick, config, planned.step)
+            teacher = sources.teachers.get(row.id) if pick.source == Source.REPLAY else None
+            gone = dropped_positions(row, pick, config, planned.step)
             of_row = completion_losses(model, row, gone)
             if blend and teacher is not None:
                 of_row = (1 - blend) * of_row + blend * kl(model, row, teacher, gone)

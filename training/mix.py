@@ -9,9 +9,20 @@ has seen, so one that was killed finds the same batches. What a batch looks like
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from perennial.infra.errors import InputError
 from perennial.training.batching import cut
+
+
+class Source(IntEnum):
+    """Where rows come from; whatever is given by source is in this order."""
+
+    NEW = 0
+    REPLAY = 1
+    GENERAL = 2
+    PAIRS = 3
+    JUDGEMENTS = 4  # in groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +37,7 @@ class Shares:
 class Pick:
     """One row of one source, at one place of the order."""
 
-    source: int  # 0 new, 1 replay, 2 general, 3 pairs, 4 groups of judgements
+    source: Source
     index: int
 
 
@@ -61,13 +72,13 @@ class Mix:
     @property
     def drawable(self) -> frozenset[Pick]:
         """Every row that the run may see."""
-        parts = enumerate(self.orders_S)
+        parts = zip(Source, self.orders_S, strict=True)
         return frozenset(Pick(source=source, index=i) for source, part in parts for i in part)
 
 
 Batch = tuple[Pick, ...]
 Seen = Mapping[Pick, Sight]
-_NEW, _REPLAY, _GENERAL = range(3)
+_SHARED = (Source.REPLAY, Source.GENERAL)  # drawn up to a share; of the others every row is seen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,8 +105,8 @@ def make_mix(
     take its tokens.
 
     Args:
-        sizes: positive tokens of each row of the sources, in the order of `Pick.source`; a pair and
-            a group of judgements have those of all their answers. The last two may be left out.
+        sizes: by source, positive tokens of each row; a pair and a group of judgements have those
+            of all their answers.
         shares: of replay and general rows.
         epochs: passes over the new rows.
         batch_tokens: what a batch holds at most, unless one row has more.
@@ -105,16 +116,16 @@ def make_mix(
     Raises:
         InputError: there is nothing new.
     """
-    if not any(part for source, part in enumerate(sizes) if source not in (_REPLAY, _GENERAL)):
+    if not any(part for source, part in zip(Source, sizes, strict=True) if source not in _SHARED):
         raise InputError("there is no new row to train on")
     wanted = _wanted_tokens(sizes, shares)
-    mastered = mastered if wanted[_REPLAY] else 0.0
+    mastered = mastered if wanted[Source.REPLAY] else 0.0
     most = [epochs * tokens for tokens in wanted]
-    most[_REPLAY] += most[_NEW] if mastered else 0.0
-    source = random.Random(seed)
-    orders = [source.sample(range(len(part)), len(part)) for part in sizes]
-    for which in (_REPLAY, _GENERAL):
-        orders[which] = _draw(orders[which], sizes[which], most[which])
+    most[Source.REPLAY] += most[Source.NEW] if mastered else 0.0
+    random_ = random.Random(seed)
+    orders = [random_.sample(range(len(part)), len(part)) for part in sizes]
+    for source in _SHARED:
+        orders[source] = _draw(orders[source], sizes[source], most[source])
     return Mix(
         sizes_S=tuple(tuple(part) for part in sizes),
         wanted_S=tuple(wanted),
@@ -153,14 +164,14 @@ def epoch_batches(mix: Mix, seen: Seen, epoch: int) -> tuple[Batch, ...]:
     random_ = random.Random(f"{mix.seed} {epoch}")
     drawn: list[list[int]] = []
     num_rested = 0
-    for source, (order, sizes) in enumerate(zip(mix.orders_S, mix.sizes_S, strict=True)):
+    for source, order, sizes in zip(Source, mix.orders_S, mix.sizes_S, strict=True):
         sights = {i: seen.get(Pick(source=source, index=i), Sight()) for i in order}
-        if source in (_REPLAY, _GENERAL):
+        if source in _SHARED:
             first = sorted(order, key=lambda i: sights[i].num)
-            more = num_rested if source == _REPLAY else 0
+            more = num_rested if source == Source.REPLAY else 0
             drawn.append(_draw(first, sizes, mix.wanted_S[source] + more))
         else:
-            awake = [i for i in order if source != _NEW or not _rests(sights[i], epoch)]
+            awake = [i for i in order if source != Source.NEW or not _rests(sights[i], epoch)]
             num_rested += sum(sizes) - sum(sizes[i] for i in awake)
             drawn.append(random_.sample(awake, len(awake)))
     picks = _interleave(drawn, mix.sizes_S)
@@ -192,17 +203,19 @@ def _draw(order: Sequence[int], sizes: Sequence[int], num_tokens: float) -> list
 
 def _wanted_tokens(sizes: Sequence[Sequence[int]], shares: Shares) -> list[float]:
     wanted = [float(sum(part)) for part in sizes]
-    parts = {_REPLAY: shares.replay, _GENERAL: shares.general}
+    parts = {Source.REPLAY: shares.replay, Source.GENERAL: shares.general}
     share = {source: part if sizes[source] else 0.0 for source, part in parts.items()}
-    num_new = sum(num for source, num in enumerate(wanted) if source not in share)
+    num_new = sum(num for source, num in zip(Source, wanted, strict=True) if source not in share)
     total = num_new / (1 - sum(share.values()))
-    return [total * share[source] if source in share else num for source, num in enumerate(wanted)]
+    for source, part in share.items():
+        wanted[source] = total * part
+    return wanted
 
 
 def _interleave(drawn: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) -> list[Pick]:
     """Each source spread evenly, so that every stretch of the order holds about its share."""
     placed = []
-    for source, indices in enumerate(drawn):
+    for source, indices in zip(Source, drawn, strict=True):
         total = sum(sizes[source][index] for index in indices)
         before = 0.0
         for index in indices:

@@ -14,15 +14,8 @@ from torch import Tensor
 from perennial.training.batching import Packed, pack
 from perennial.training.config import TrainConfig
 from perennial.training.loss import Targets, dpo, kto
-from perennial.training.mix import Batch, Pick
-from perennial.training.prepared import (
-    GENERAL,
-    NEW,
-    Prepared,
-    labels_of,
-    log_probs_of,
-    row_log_probs,
-)
+from perennial.training.mix import Batch, Pick, Source
+from perennial.training.prepared import Prepared, labels_of, log_probs_of, row_log_probs
 from perennial.training.recipes import JudgedRows, PairRows, Unit, rows_of
 from perennial.training.tokens import TokenRow
 
@@ -61,7 +54,7 @@ def sums(prepared: Prepared, batch: Batch, config: TrainConfig) -> Sums:
             num["pairs"] += 1
         elif isinstance(unit, JudgedRows):
             num["judged"] += len(unit.judged)
-        elif pick.source == GENERAL:
+        elif pick.source == Source.GENERAL:
             num["general"] += len(prepared.teachers[pick].tokens_TK)
         else:
             num["labels"] += unit.num_tokens - unit.num_prompt
@@ -81,9 +74,12 @@ def batch_loss(
     trunks = [trunk for pick in batch for trunk in _learning_trunks(prepared, pick)] or None
     split, targets = prepared.split, _targets(prepared, batch, packed, rows)
     found = split.losses(packed, trunks, targets.to(split.device))
-    of_row_R = [index for index, unit in enumerate(units) for _ in rows_of(unit)]
-    source_M = np.array([_source(units[i], batch[i].source) for i in of_row_R])[packed.owner_M]
-    general, labelled = (split.on_device(np.flatnonzero(source_M == s)) for s in (GENERAL, NEW))
+    source_R = [pick.source for unit, pick in zip(units, batch, strict=True) for _ in rows_of(unit)]
+    source_M = np.array(source_R)[packed.owner_M]
+    general, labelled = (
+        split.on_device(np.flatnonzero(np.isin(source_M, sources)))
+        for sources in ([Source.GENERAL], [Source.NEW, Source.REPLAY])
+    )
     ce = found.loss_M[labelled].sum() / max(1, over.labels)
     kl = found.loss_M[general].sum() / max(1, over.general)
     preference = _preference_loss(prepared, batch, packed, found.loss_M, over, config)
@@ -129,16 +125,16 @@ def _row_settings(
     kinds: list[str] = []
     dropped: list[frozenset[int]] = []
     for unit, pick in zip(units, batch, strict=True):
-        is_general = pick.source == GENERAL
+        is_general = pick.source == Source.GENERAL
         kinds += [config.kl_scope if is_general else "completion"] * len(rows_of(unit))
         if is_general or not isinstance(unit, TokenRow):
             dropped += [frozenset[int]()] * len(rows_of(unit))
             continue
-        dropped.append(left_out(unit, pick, config, step))
+        dropped.append(dropped_positions(unit, pick, config, step))
     return kinds, dropped
 
 
-def left_out(row: TokenRow, pick: Pick, config: TrainConfig, step: int) -> frozenset[int]:
+def dropped_positions(row: TokenRow, pick: Pick, config: TrainConfig, step: int) -> frozenset[int]:
     """The positions of a row's question to leave out of one step.
 
     A question that is never asked twice in the same words is learned by what its wordings share.
@@ -146,13 +142,6 @@ def left_out(row: TokenRow, pick: Pick, config: TrainConfig, step: int) -> froze
     chances = np.random.default_rng((config.seed, step, pick.source, pick.index))
     is_gone = chances.random(len(row.question)) < config.question_dropout
     return frozenset(np.array(row.question)[is_gone].tolist())
-
-
-def _source(unit: Unit, source: int) -> int:
-    """NEW for every row that has cross-entropy, GENERAL, or -1 where the completion counts."""
-    if not isinstance(unit, TokenRow):
-        return -1
-    return GENERAL if source == GENERAL else NEW
 
 
 def _targets(prepared: Prepared, batch: Batch, packed: Packed, rows: Sequence[TokenRow]) -> Targets:

@@ -18,12 +18,11 @@ from perennial.training.batching import Packed, cut, pack
 from perennial.training.config import TrainConfig
 from perennial.training.loss import Targets, TopK, top_k
 from perennial.training.machine import in_halves, telling_out_of_memory
-from perennial.training.mix import Pick
+from perennial.training.mix import Pick, Source
 from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows_of, scored_rows
 from perennial.training.tokens import TokenRow
 from perennial.training.trunk import SplitModel
 
-NEW, REPLAY, GENERAL, PAIRS, JUDGEMENTS = range(5)  # as in `mix.Pick.source`
 TrunkOf = Callable[[SplitModel, Sequence[TokenRow], int], list[Tensor]]
 
 
@@ -40,8 +39,20 @@ class Sources:
 
     @property
     def parts(self) -> tuple[tuple[Unit, ...], ...]:
-        """In the order of `mix.Pick.source`."""
+        """In the order of `mix.Source`."""
         return (self.new, self.replay, self.general, self.pairs, self.judgements)
+
+    @property
+    def picks(self) -> tuple[Pick, ...]:
+        """Every row, source by source."""
+        parts = zip(Source, self.parts, strict=True)
+        return tuple(
+            Pick(source=source, index=i) for source, part in parts for i in range(len(part))
+        )
+
+    def unit(self, pick: Pick) -> Unit:
+        """What was drawn."""
+        return self.parts[pick.source][pick.index]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +64,11 @@ class Prepared:
     trunks: Mapping[Pick, tuple[Tensor, ...]]
     teachers: Mapping[Pick, TopK]
     references: Mapping[Pick, Tensor]
-    blend_of: Mapping[int, float]  # the teacher's part of the target, by source
+    blend_of: Mapping[Source, float]  # the teacher's part of the target, by source
 
     def unit(self, pick: Pick) -> Unit:
         """What was drawn."""
-        return self.sources.parts[pick.source][pick.index]
+        return self.sources.unit(pick)
 
 
 @telling_out_of_memory()
@@ -65,41 +76,41 @@ def prepare(
     model: Any,  # Any: peft
     sources: Sources,
     config: TrainConfig,
+    drawn: Collection[Pick],
     trunk_of: TrunkOf = SplitModel.trunk,
-    drawn: Collection[Pick] | None = None,
 ) -> Prepared:
-    """One pass over the rows that are drawn (None: all).
-
-    The adapter is off, except for the reference "start".
-    """
-    picks = [pick for pick in _all(sources) if drawn is None or pick in drawn]
+    """One pass over the rows that are drawn; the adapter is off, but for the reference "start"."""
+    picks = [pick for pick in sources.picks if pick in drawn]
     base, recipe = model.get_base_model(), RECIPES[config.recipe]
     num_frozen = max(0, base.config.num_hidden_layers - config.top_layers)
     split = SplitModel(base, num_frozen, config.kernels)
     with model.disable_adapter():
         split.check_split(next(row for part in sources.parts for u in part for row in rows_of(u)))
         trunks = _trunks(split, sources, picks, config, trunk_of)
-        general = [p for p in picks if p.source == GENERAL and recipe.is_anchored]
+        general = [pick for pick in picks if pick.source == Source.GENERAL]
         known = [trunks[pick][0] for pick in general] if trunks else None
         rows = [sources.general[pick.index] for pick in general]
         taught = teach(split, rows, known, config.kl_scope, config)
     teachers = dict(zip(general, taught, strict=True))
     if recipe.replay_blend:
         teachers |= {
-            Pick(source=REPLAY, index=index): sources.teachers[row.id]
-            for index, row in enumerate(sources.replay)
-            if row.id in sources.teachers
+            pick: sources.teachers[sources.unit(pick).id]
+            for pick in picks
+            if pick.source == Source.REPLAY and sources.unit(pick).id in sources.teachers
         }
     off = model.disable_adapter() if config.reference == "base" else contextlib.nullcontext()
     with off:
-        references = _references(split, sources, trunks)
+        references = _references(split, sources, picks, trunks)
     return Prepared(
         split=split,
         sources=sources,
         trunks=trunks,
         teachers=teachers,
         references=references,
-        blend_of={REPLAY: recipe.replay_blend or 0.0, GENERAL: config.general_blend},
+        blend_of={
+            Source.REPLAY: recipe.replay_blend or 0.0,
+            Source.GENERAL: config.general_blend,
+        },
     )
 
 
@@ -170,15 +181,7 @@ def _trunks(
 ) -> dict[Pick, tuple[Tensor, ...]]:
     if not split.num_frozen:
         return {}
-    recipe = RECIPES[config.recipe]
-    is_drawn = (True, recipe.replay_blend is not None, recipe.is_anchored, True, True)
-    keyed = [
-        (pick, row)
-        for pick in picks
-        if is_drawn[pick.source]
-        for unit in (sources.parts[pick.source][pick.index],)
-        for row in (*rows_of(unit), *scored_rows(unit))
-    ]
+    keyed = [(pick, row) for pick in picks for row in _all_rows(sources.unit(pick))]
     found: dict[Pick, tuple[Tensor, ...]] = {}
     trunks = trunk_of(split, [row for _, row in keyed], config.batch_tokens)
     for (key, _), trunk in zip(keyed, trunks, strict=True):
@@ -189,18 +192,16 @@ def _trunks(
 def _references(
     split: SplitModel,
     sources: Sources,
+    picks: Sequence[Pick],
     trunks: Mapping[Pick, tuple[Tensor, ...]],
 ) -> dict[Pick, Tensor]:
     """Log-probability of each completion of a pair, or of judged and then mismatched answers."""
-    found = {}
-    for pick in _all(sources):
-        if pick.source in (PAIRS, JUDGEMENTS):
-            unit = sources.parts[pick.source][pick.index]
-            rows = (*rows_of(unit), *scored_rows(unit))
-            found[pick] = log_probs_of(split, rows, trunks.get(pick))
-    return found
+    return {
+        pick: log_probs_of(split, _all_rows(sources.unit(pick)), trunks.get(pick))
+        for pick in picks
+        if pick.source in (Source.PAIRS, Source.JUDGEMENTS)
+    }
 
 
-def _all(sources: Sources) -> list[Pick]:
-    parts = enumerate(sources.parts)
-    return [Pick(source=source, index=i) for source, part in parts for i in range(len(part))]
+def _all_rows(unit: Unit) -> tuple[TokenRow, ...]:
+    return (*rows_of(unit), *scored_rows(unit))

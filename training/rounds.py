@@ -6,7 +6,7 @@ adapter's tensors, named as in PEFT's file; ΔW of a layer is scale·B·A.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,10 +58,15 @@ def write_lineage(folder: Path, lineage: Lineage) -> None:
     (folder / LINEAGE).write_text(json.dumps(asdict(lineage)))
 
 
-def begin(config: TrainConfig, parent: Lineage | None) -> Beginning:
-    """The start of a round: the config's, unless it is time to rebuild from the base."""
+def begin(config: TrainConfig, parent: Lineage | None, spent: str | None = None) -> Beginning:
+    """The start of a round: the config's, unless it is time to rebuild from the base.
+
+    spent: why it left nothing to keep to go on from the parent, where that was tried.
+    """
     if parent is None:
         return Beginning(start="base")
+    if spent:
+        return Beginning(start="base", reason=f"rebuilt: {spent}")
     if config.rebuild_every and parent.num_rounds >= config.rebuild_every:
         return Beginning(start="base", reason=f"rebuilt after {parent.num_rounds} rounds")
     if config.kl_budget and (parent.kl_to_base or 0) > config.kl_budget:
@@ -125,11 +130,9 @@ def truncated(left_OS: Tensor, right_SD: Tensor, rank: int) -> tuple[Tensor, Ten
     return b.to(left_OS.dtype), a.to(right_SD.dtype).contiguous()
 
 
-def sweep(
-    parent: State, new: State, loss_of: Callable[[State], float], alphas: Sequence[float] = ALPHAS
-) -> dict[float, float]:
+def sweep(parent: State, new: State, loss_of: Callable[[State], float]) -> dict[float, float]:
     """The dev loss of each α; the smallest wins, and of equals the largest α."""
-    return {alpha: loss_of(blend(parent, new, alpha)) for alpha in alphas}
+    return {alpha: loss_of(blend(parent, new, alpha)) for alpha in ALPHAS}
 
 
 def best(losses: Mapping[float, float]) -> float:

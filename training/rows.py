@@ -72,7 +72,7 @@ def rows_of_job(job: TrainJob, tokenizer: Any, *, is_rebuild: bool) -> Rows:  # 
         general=general,
         pairs=_fitting(pairs, lambda row: encode_pair(tokenizer, row, max_len), left_out),
         judgements=_judgements(tokenizer, judged, job, left_out),
-        teachers=read_teachers(job.teachers, replay) if job.teachers else {},
+        teachers=read_teachers(job.teachers, replay, job.config.kl_top_k) if job.teachers else {},
     )
     if not sources.new and not sources.pairs and not sources.judgements:
         if not given and not pairs and not judged:

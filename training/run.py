@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ from perennial.infra.errors import (
     UnavailableError,
 )
 from perennial.infra.settings import fix_cublas_workspace
-from perennial.training import lora, modelfiles, rounds, trainer
+from perennial.training import checkpoint, lora, modelfiles, rounds, trainer
 from perennial.training.cache import TrunkCache, folder_digest, model_digest
 from perennial.training.config import Start, TrainConfig
 from perennial.training.drafting import write_drafts
 from perennial.training.evaluate import (
-    Limits,
+    SuiteRow,
     SuiteSummary,
     base_top_k,
     evaluate,
@@ -47,7 +47,7 @@ from perennial.training.evaluate import (
     reference_nlls,
 )
 from perennial.training.general import write_general
-from perennial.training.grading import EvalRow, read_suite
+from perennial.training.grading import read_suite
 from perennial.training.job import (
     DraftJob,
     EvalJob,
@@ -68,12 +68,14 @@ from perennial.training.machine import (
 from perennial.training.prepared import Sources, TrunkOf, teach
 from perennial.training.progress import Meter, ProgressLog
 from perennial.training.recipes import RECIPES
+from perennial.training.rounds import Beginning, Lineage
 from perennial.training.rows import Rows, rows_of_job
 from perennial.training.teachers import size_mb, write_teachers
 from perennial.training.tokens import TokenRow
 from perennial.training.trainer import Trained
 from perennial.training.trunk import SplitModel
 
+_LOG = logging.getLogger(__name__)
 _DISK = 6
 _EXIT_CODES: tuple[tuple[type[PerennialError], int], ...] = (
     (InputError, 2),
@@ -87,7 +89,7 @@ _EXIT_CODES: tuple[tuple[type[PerennialError], int], ...] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code; errors go to standard error as one line."""
-    parsed = _parser().parse_args(_with_command(arguments or sys.argv[1:]))
+    parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     console = Console(stderr=False)
     try:
@@ -116,38 +118,30 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
         return
     started = time.monotonic()
     base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
-    checkpoints = out / "checkpoints"
-    num_threads = choose_threads_once(checkpoints / "num_threads", job.num_threads)
+    num_threads = choose_threads_once(out / "checkpoints" / "num_threads", job.num_threads)
     place = choose_place(job.device, job.dtype)
-    fix_cublas_workspace()
-    torch.use_deterministic_algorithms(True)
+    _be_deterministic()
     # It would fill every new tensor, 3% of a round; nothing reads memory before it is written.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
     parent = rounds.read_lineage(job.parent_adapter) if job.parent_adapter else None
-    beginning = rounds.begin(job.config, parent)
-    is_rebuild = parent is not None and beginning.start == "base"
-    rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
     model = lora.attach(modelfiles.load_model(base, place), job.config)
-    _load_start(model, job, beginning.start)
-    trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
+    learned = _learn(model, job, base, parent, out, console)
     for old in (adapter, out / "fast", out / "teachers"):
         shutil.rmtree(old, ignore_errors=True)  # of another job, or of this one killed at the end
-    alphas = _finish(model, job, beginning.start, parent, rows.dev, out)
-    _keep_teachers(model, job.config, rows.sources, out / "teachers")
-    teachers_mb = size_mb(out / "teachers")
-    lineage = rounds.after(None if is_rebuild else parent, trained.kl_to_base)
-    manifest = artifacts.publish(adapter, lambda inner: _write_adapter(model, job, lineage, inner))
+    alphas = _finish(model, job, learned.beginning.start, parent, learned.rows.dev, out)
+    _keep_teachers(model, job.config, learned.rows.sources, out / "teachers")
+    manifest = artifacts.publish(
+        adapter, lambda inner: _write_adapter(model, job, learned.lineage, inner)
+    )
     body = {
-        **_summary(job, trained, rows, manifest.digest, num_threads, place),
-        "start": asdict(beginning),
-        "lineage": asdict(lineage),
+        **_summary(job, learned, manifest.digest, num_threads, place),
         "dev_loss_by_alpha": alphas,
-        "teachers_mb": teachers_mb,
+        "teachers_mb": size_mb(out / "teachers"),
         "wall_s": time.monotonic() - started,
     }
     artifacts.write_atomic(summary, json.dumps(body, indent=1).encode())
-    shutil.rmtree(checkpoints)
-    sizes = f"peak {peak_rss_mb():.0f} MB · teachers {teachers_mb:.1f} MB on disk"
+    shutil.rmtree(out / "checkpoints")
+    sizes = f"peak {peak_rss_mb():.0f} MB · teachers {body['teachers_mb']:.1f} MB on disk"
     console.print(f"adapter {adapter} · {body['wall_s']:.0f} s · {sizes}", highlight=False)
 
 
@@ -162,15 +156,15 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
     folder = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     tokenizer = modelfiles.load_tokenizer(folder)
     model = modelfiles.load_model(folder, place)
-    limits = Limits(max_new_tokens=job.max_new_tokens, max_len=longest_row(folder))
-    suites, left_out = _suites(job, tokenizer, limits.max_len, console)
-    base = {name: base_top_k(model, tokenizer, suites[name], limits) for name in job.kl_suites}
+    suites, left_out = _suites(job, tokenizer, longest_row(folder), console)
+    base = {name: base_top_k(model, suites[name]) for name in job.kl_suites}
     table: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, adapter in job.adapters.items():
         kept = lora.merge(model, adapter) if adapter else {}
         table[name] = {}
         for suite, rows in suites.items():
-            results, summary = evaluate(model, tokenizer, rows, limits, base.get(suite))
+            max_new = job.max_new_tokens
+            results, summary = evaluate(model, tokenizer, rows, max_new, base.get(suite))
             lines = (json.dumps(asdict(row), ensure_ascii=False) for row in results)
             content = "".join(line + "\n" for line in lines).encode()
             artifacts.write_atomic(out / name / f"{suite}.jsonl", content)
@@ -188,11 +182,10 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     started = time.monotonic()
     base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     files = [folder_digest(base, pattern) for pattern in (modelfiles.weights_pattern(base), "*.j*")]
-    key = hashlib.sha256(repr((*files, job.seed, job.num_rows)).encode()).hexdigest()[:16]
-    batches = out / f"{key}-batches"
+    key = _key(*files, job.seed, job.num_rows)
+    batches = out / f"{_key(*files, job.seed)}-batches"  # the same for any number of rows
     if not (out / key).exists():
-        fix_cublas_workspace()
-        torch.use_deterministic_algorithms(True)
+        _be_deterministic()
         choose_threads_once(batches / "num_threads", job.num_threads)
 
     def write(folder: Path) -> None:
@@ -209,6 +202,52 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
     wall_s = time.monotonic() - started
     told = f"drafts {out / key} · {wall_s:.0f} s · peak {peak_rss_mb():.0f} MB"
     console.print(told, highlight=False, soft_wrap=True)
+
+
+def _be_deterministic() -> None:
+    fix_cublas_workspace()
+    torch.use_deterministic_algorithms(True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Learned:
+    """How a round began, on which rows, what came of it, and what its adapter now is."""
+
+    beginning: Beginning
+    rows: Rows
+    trained: Trained
+    lineage: Lineage
+
+
+def _learn(
+    model: Any,  # Any: peft
+    job: TrainJob,
+    base: Path,
+    parent: Lineage | None,
+    out: Path,
+    console: Console,
+) -> _Learned:
+    """The attached adapter trained; from the base, where going on from the parent keeps nothing.
+
+    Raises:
+        DivergedError: a round from the base has spent its KL budget before the first checkpoint.
+    """
+    fresh, checkpoints = lora.state(model), out / "checkpoints"
+    beginning = rounds.begin(job.config, parent, checkpoint.read_spent(checkpoints, job.digest))
+    is_rebuild = parent is not None and beginning.start == "base"
+    rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
+    _load_start(model, job, beginning.start)
+    trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
+    if trained.num_steps:
+        lineage = rounds.after(None if is_rebuild else parent, trained.kl_to_base)
+        return _Learned(beginning=beginning, rows=rows, trained=trained, lineage=lineage)
+    said = f"{trained.stopped_because}, before the first checkpoint"
+    if beginning.start == "base":
+        raise DivergedError(f"{said}, of a round from the base; lower lr or raise kl_weight")
+    _LOG.warning("%s: the round begins from the base", said)
+    checkpoint.note_spent(checkpoints, job.digest, said)
+    lora.set_state(model, fresh, out)
+    return _learn(model, job, base, parent, out, console)
 
 
 def _train(
@@ -249,7 +288,7 @@ def _finish(
     model: Any,  # Any: peft
     job: TrainJob,
     start: Start,
-    parent: rounds.Lineage | None,
+    parent: Lineage | None,
     dev: Sequence[TokenRow],
     out: Path,
 ) -> dict[float, float]:
@@ -305,15 +344,17 @@ def _trunk_of(job: TrainJob, model_folder: Path) -> TrunkOf:
 
 
 def _summary(
-    job: TrainJob, trained: Trained, rows: Rows, digest: str, num_threads: int, place: Place
+    job: TrainJob, learned: _Learned, digest: str, num_threads: int, place: Place
 ) -> dict[str, object]:
+    rows = learned.rows
     return {
-        **asdict(trained),
+        **asdict(learned.trained),
+        "start": asdict(learned.beginning),
+        "lineage": asdict(learned.lineage),
         "job_digest": job.digest,
         "adapter_digest": digest,
         "base_model": job.base_model,
         "config": job.config.to_json(),
-        "config_fingerprint": job.config.fingerprint,
         "num_rows": _num_rows(rows.sources),
         "num_taught": len(rows.sources.teachers),
         "left_out": [asdict(row) for row in rows.left_out],
@@ -321,6 +362,10 @@ def _summary(
         **asdict(place),
         **_peaks(),
     }
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _peaks() -> dict[str, float]:
@@ -342,7 +387,7 @@ def _suites(
     tokenizer: Any,  # Any: transformers
     max_len: int,
     console: Console,
-) -> tuple[dict[str, tuple[EvalRow, ...]], list[dict[str, object]]]:
+) -> tuple[dict[str, tuple[SuiteRow, ...]], list[dict[str, object]]]:
     """The rows to score by suite, and those that are too long, which the log counts."""
     suites, left_out = {}, []
     for name, path in job.suites.items():
@@ -374,12 +419,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("job", type=Path, help="the job file (JSON)")
         command.add_argument("out", type=Path, help="the folder to fill")
     return parser
-
-
-def _with_command(arguments: Sequence[str]) -> list[str]:
-    """`run job.json out/` means `run train job.json out/`."""
-    known = {"train", "evaluate", "draft", "-h", "--help"}
-    return [*arguments] if arguments and arguments[0] in known else ["train", *arguments]
 
 
 if __name__ == "__main__":

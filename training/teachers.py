@@ -2,7 +2,7 @@
 
 Cached once, when a round ends: 6 bytes for each of 20 tokens at each completion token, so 120 bytes
 a token. Memory-mapped when read; a batch copies its own rows. A row whose tokens have changed since
-has no teacher.
+has no teacher, nor has any row when another number of tokens is kept now.
 """
 
 import hashlib
@@ -43,8 +43,10 @@ def size_mb(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.glob("*")) / 1e6
 
 
-def read_teachers(folder: Path, rows: Sequence[TokenRow]) -> Mapping[str, TopK]:
-    """The teachers of those of the rows that have one, by id; views of the file, int32 and float16.
+def read_teachers(folder: Path, rows: Sequence[TokenRow], k: int) -> Mapping[str, TopK]:
+    """The teachers of those of the rows that have one of `k` tokens, by id.
+
+    They are views of the file, int32 and float16.
 
     Raises:
         IntegrityError: the folder is damaged.
@@ -55,6 +57,8 @@ def read_teachers(folder: Path, rows: Sequence[TokenRow]) -> Mapping[str, TopK]:
     tokens = np.load(folder / _TOKENS, mmap_mode="c").view(np.int32)
     log_probs = np.load(folder / _LOG_PROBS, mmap_mode="c")
     found: dict[str, TopK] = {}
+    if tokens.shape[1] != k:
+        return found  # one batch holds teachers of one width
     for row in rows:
         entry = index.get(row.id)
         if entry is not None and entry["ids"] == _digest(row):

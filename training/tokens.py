@@ -35,6 +35,12 @@ class TokenRow:
         return len(self.ids_T)
 
     @property
+    def prompt(self) -> list[int]:
+        """The ids that the completion follows."""
+        ids: list[int] = self.ids_T[: self.num_prompt].tolist()
+        return ids
+
+    @property
     def label_mask_T(self) -> NDArray[np.bool_]:
         """True where the token belongs to the completion, so is a label."""
         return np.arange(len(self.ids_T)) >= self.num_prompt
@@ -124,5 +130,5 @@ def _encode_template(tokenizer: Any, text: str) -> list[int]:  # Any: transforme
 
 
 def _mark(index: int) -> str:
-    # Private-use characters: `text.clean` removes them from contents, so no content holds a mark.
+    # Private-use characters: a template's own text has none, so no mark is found before its place.
     return f"\ue000{index}\ue001"

@@ -21,9 +21,9 @@ from perennial.training import checkpoint, lora, objective
 from perennial.training.checkpoint import Cursor, Found
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
-from perennial.training.mix import Batch, Mix, Planned, make_mix, steps
+from perennial.training.mix import Batch, Mix, Planned, Source, make_mix, steps
 from perennial.training.objective import BatchLoss
-from perennial.training.prepared import GENERAL, Prepared, Sources, TrunkOf, prepare
+from perennial.training.prepared import Prepared, Sources, TrunkOf, prepare
 from perennial.training.progress import StepRecord
 from perennial.training.recipes import shares_of
 from perennial.training.trunk import SplitModel
@@ -36,8 +36,9 @@ _LOOK_BACK = 5  # steps whose mean loss tells whether a run diverges
 class Trained:
     """What a finished loop reports.
 
-    num_parts: into how many a batch had to be cut for memory, since resumed_from. kl_to_base: nats
-    a token of general rows, as in `recent_kl`.
+    num_steps: 0 where the KL budget was spent before the first checkpoint: the adapter is then not
+    one to keep. num_parts: into how many a batch had to be cut for memory, since resumed_from.
+    kl_to_base: nats a token of general rows, as in `recent_kl`.
     """
 
     num_steps: int
@@ -63,13 +64,13 @@ def train(
 
     Raises:
         InputError: there is a KL budget, and no general row to measure the KL on.
-        DivergedError: the loss is not finite or climbs, or the KL budget is spent at once.
+        DivergedError: the loss is not finite or climbs.
         OutOfMemoryError: one row alone does not fit in memory.
         UnavailableError: a checkpoint cannot be written; the ones before it are whole.
     """
     mix = mix_of(sources, config)
     check_budget(mix, config)
-    prepared = prepare(model, sources, config, trunk_of, mix.drawable)
+    prepared = prepare(model, sources, config, mix.drawable, trunk_of)
     weights = lora.trainable(model)
     optimizer = make_optimizer(weights, config)
     restored = checkpoint.restore(checkpoints, job, weights, optimizer)
@@ -80,28 +81,23 @@ def train(
         found, num_parts = gradients(prepared, planned, config, optimizer, num_parts)
         norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), config.max_grad_norm)
         done.append(_found(found, objective.unit_losses(prepared, planned.batch, found)))
-        losses = [step.loss for step in done]
-        check_loss(losses, float(norm), found, planned.step, model.config.vocab_size)
+        vocabulary = model.config.vocab_size
+        check_loss([step.loss for step in done], float(norm), found, planned.step, vocabulary)
         optimizer.step()
         seen.append(done[-1].row_losses)
         on_step(_record(planned, found, lr, float(norm), time.monotonic() - started))
-        is_last = planned.step == planned.num_steps
-        if planned.step % config.checkpoint_steps and not is_last:
-            continue
-        kl = recent_kl(done, config.checkpoint_steps)
-        if config.kl_budget and kl is not None and kl > config.kl_budget:
+        if said := over_budget(done, planned, config):
             good = checkpoint.restore(checkpoints, job, weights, optimizer)
-            said = said_of_budget(good, kl, planned.step, config.kl_budget)
-            trained = _trained(good.found, config, restored.step, num_parts)
-            return replace(trained, stopped_because=said)
-        if not is_last:
+            _LOG.warning("%s: back to step=%d", said, good.step)
+            return _trained(good.found, config, restored.step, num_parts, said)
+        if planned.step % config.checkpoint_steps == 0 and planned.step < planned.num_steps:
             checkpoint.save(checkpoints, Cursor(job=job, found=tuple(done)), weights, optimizer)
     return _trained(done, config, restored.step, num_parts)
 
 
 def check_budget(mix: Mix, config: TrainConfig) -> None:
     """Raise InputError for a KL budget that nothing would be measured for."""
-    if config.kl_budget and not any(pick.source == GENERAL for pick in mix.drawable):
+    if config.kl_budget and not any(pick.source == Source.GENERAL for pick in mix.drawable):
         raise InputError(
             f"kl_budget is {config.kl_budget:g}, but this round draws no general rows, on which "
             "the KL is measured; take a recipe with an anchor and a general_share, or set it to 0"
@@ -112,6 +108,18 @@ def recent_kl(done: Sequence[Found], num_looks: int) -> float | None:
     """Mean KL of the newest `num_looks` steps that had general rows; None if none had."""
     kls = [step.kl for step in done if step.kl is not None][-num_looks:]
     return sum(kls) / len(kls) if kls else None
+
+
+def over_budget(done: Sequence[Found], planned: Planned, config: TrainConfig) -> str | None:
+    """Why a run goes back to its last checkpoint; None within the KL budget, or without one.
+
+    It is looked at where checkpoints are, and after the last step.
+    """
+    is_look = planned.step % config.checkpoint_steps == 0 or planned.step == planned.num_steps
+    kl = recent_kl(done, config.checkpoint_steps) if config.kl_budget and is_look else None
+    if kl is None or kl <= config.kl_budget:
+        return None
+    return f"KL to the base is {kl:.3g} at step {planned.step}, over kl_budget {config.kl_budget:g}"
 
 
 def mix_of(sources: Sources, config: TrainConfig) -> Mix:
@@ -218,23 +226,10 @@ def check_loss(
     worst = sorted(found.row_losses, key=lambda id_: _badness(found.row_losses[id_]))[:3]
     rows = ", ".join(f"{id_} ({found.row_losses[id_]:.3g})" for id_ in worst)
     raise DivergedError(
-        f"{trouble} at step {step}; rows with the highest loss: {rows}; lower lr, or correct "
-        "or remove these rows",
+        f"{trouble} at step {step}; rows with the highest loss: {rows}; lower lr: the rows "
+        "of a round stay as they are, unless their user is erased",
         step=step,
     )
-
-
-def said_of_budget(good: Cursor, kl: float, step: int, budget: float) -> str:
-    """Why a run went back to its last good checkpoint.
-
-    Raises:
-        DivergedError: there is none.
-    """
-    said = f"KL to the base is {kl:.3g} at step {step}, over kl_budget {budget:g}"
-    if good.step == 0:
-        raise DivergedError(f"{said}, before the first checkpoint; lower lr or raise kl_weight")
-    _LOG.warning("%s: back to step=%d", said, good.step)
-    return said
 
 
 def _found(found: BatchLoss, row_losses: Sequence[float]) -> Found:
@@ -247,7 +242,11 @@ def _found(found: BatchLoss, row_losses: Sequence[float]) -> Found:
 
 
 def _trained(
-    done: Sequence[Found], config: TrainConfig, resumed_from: int, num_parts: int
+    done: Sequence[Found],
+    config: TrainConfig,
+    resumed_from: int,
+    num_parts: int,
+    stopped_because: str | None = None,
 ) -> Trained:
     return Trained(
         num_steps=len(done),
@@ -256,6 +255,7 @@ def _trained(
         last_loss=done[-1].loss if done else math.nan,
         num_parts=num_parts,
         kl_to_base=recent_kl(done, config.checkpoint_steps),
+        stopped_because=stopped_because,
     )
 
 

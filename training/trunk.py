@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from perennial.infra.errors import TrainingError
 from perennial.training.batching import Packed, cut, pack
-from perennial.training.fused import FusedLayer, Rows, can_fuse
+from perennial.training.fused import LLAMA_LIKE, FusedLayer, Rows, can_fuse
 from perennial.training.loss import PositionLosses, Targets, head_losses, plain_losses
 from perennial.training.machine import in_halves
 from perennial.training.tokens import TokenRow
 
 Kernels = Literal["fused", "plain"]
-
-_SPLITTABLE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
 class SplitModel:
@@ -41,7 +39,7 @@ class SplitModel:
     ) -> None:
         self.model = model
         self.head: Any = model.get_output_embeddings()
-        self._can_split = model.config.model_type in _SPLITTABLE
+        self._can_split = model.config.model_type in LLAMA_LIKE
         self.num_frozen = num_frozen if self._can_split else 0
         self.device: torch.device = self.head.weight.device
         self.dtype: torch.dtype = self.head.weight.dtype

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from perennial.infra.errors import ConfigError, IntegrityError
 from perennial.infra.settings import Settings, load_settings
 from perennial.training import run
 from perennial.training.examples import read_examples
-from perennial.training.general import load_general
+from perennial.training.general import Draft, load_general
 from tests.flows.test_curate import a_round, deps, first_round
 from tests.training.builders import save_tiny, tiny_model, tiny_tokenizer
 
@@ -109,6 +110,22 @@ def test_a_model_without_fit_drafts_is_an_error_that_says_what_to_do(tmp_path: P
     with pytest.raises(ConfigError, match=message):
         run_training_process("draft", job, out, settings(tmp_path), on_line=lambda _: None)
     assert not (out / "summary.json").exists()
+
+
+def test_a_lowered_number_takes_the_drafts_that_were_too_few(tmp_path: Path) -> None:
+    endless = tiny_model()
+    endless.get_input_embeddings().weight[tiny_tokenizer().eos_token_id] = 0.0
+    endless.save_pretrained(save_tiny(tmp_path / "tiny"))
+    out = tmp_path / "drafts"
+    assert run.main(["draft", str(write_job(tmp_path, tmp_path / "tiny", 2)), str(out)]) == 2
+    (batch,) = out.glob("*-batches/*.jsonl")
+    fit = Draft(prompt="where is box 7?", answer="in hall 7", has_ended=True, num_tokens=9)
+    batch.write_text(json.dumps(asdict(fit)) + "\n")
+
+    assert run.main(["draft", str(write_job(tmp_path, tmp_path / "tiny", 1)), str(out)]) == 0
+
+    assert load_general(written(out)) == (("where is box 7?", "in hall 7"),)
+    assert not list(out.glob("*-batches"))
 
 
 @pytest.mark.slow

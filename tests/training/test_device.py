@@ -24,13 +24,13 @@ from perennial.training import checkpoint, lora, objective, rounds, trainer
 from perennial.training.cache import TrunkCache
 from perennial.training.checkpoint import Cursor, Found
 from perennial.training.config import TrainConfig
-from perennial.training.evaluate import Limits, base_top_k, evaluate
+from perennial.training.evaluate import SuiteRow, base_top_k, evaluate, leave_out_long
 from perennial.training.grading import EvalRow
 from perennial.training.job import Device, DType
 from perennial.training.machine import CPU, Place, choose_place
-from perennial.training.mix import Pick, Planned
+from perennial.training.mix import Pick, Planned, Source
 from perennial.training.modelfiles import load_model
-from perennial.training.prepared import NEW, Sources, prepare
+from perennial.training.prepared import Sources, prepare
 from perennial.training.progress import StepRecord
 from perennial.training.trunk import SplitModel
 from tests.training.builders import example, save_tiny, tiny_model, tiny_tokenizer, write_job
@@ -95,7 +95,8 @@ def test_gradients_in_bf16_point_where_those_of_float32_do(tiny: Path, kernels: 
     found = []
     for place in (CPU, BF16):
         model = adapted(config, load_model(tiny, place))
-        prepared = prepare(model, whole_round(config), config)
+        sources = whole_round(config)
+        prepared = prepare(model, sources, config, sources.picks)
         gradients_of(model, prepared, config)
         found.append(torch.cat([w.grad.flatten() for w in lora.trainable(model).values()]))
     assert {grad.dtype for grad in found} == {torch.float32}
@@ -113,23 +114,24 @@ def test_moments_in_bf16_are_float32_and_a_resumed_run_goes_on(tiny: Path, tmp_p
     assert [s.loss for s in resumed] == [s.loss for s in whole[-len(resumed) :]]
 
 
-def suite(num: int = 6) -> list[EvalRow]:
-    return [
+def suite(num: int = 6) -> tuple[SuiteRow, ...]:
+    asked = [
         EvalRow(id=row.id, messages=row.messages, reference=row.completion, rule="exact")
         for row in (example(n) for n in range(num))
     ]
+    return leave_out_long(tiny_tokenizer(), asked, 512)[0]
 
 
 def test_an_evaluation_in_bf16_is_near_that_of_float32(tiny: Path, tmp_path: Path) -> None:
     """An adapter is merged in float32 and the sum rounded; taking it off restores every bit."""
     lora.save(adapted(CONFIG), tmp_path)
-    limits, found = Limits(max_new_tokens=4), []
+    found = []
     for place in (CPU, BF16):
         model = load_model(tiny, place)
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        base = base_top_k(model, tiny_tokenizer(), suite(), limits)
+        base = base_top_k(model, suite())
         kept = lora.merge(model, tmp_path)
-        results, summary = evaluate(model, tiny_tokenizer(), suite(), limits, base)
+        results, summary = evaluate(model, tiny_tokenizer(), suite(), 4, base)
         lora.unmerge(model, kept)
         assert all(torch.equal(before[n], weight) for n, weight in model.state_dict().items())
         found.append((summary.nll, sum(row.kl or 0 for row in results) / len(results)))
@@ -212,7 +214,7 @@ def test_every_tensor_of_a_round_lives_on_the_models_device(fields: dict[str, An
     sources = whole_round(config)
     model = adapted(config).to("meta")
     with Apart():
-        prepared = prepare(model, sources, config)
+        prepared = prepare(model, sources, config, sources.picks)
         gradients_of(model, prepared, config)
     assert {weight.grad.device.type for weight in lora.trainable(model).values()} == {"meta"}
     kept = [*prepared.trunks.values(), [t.tokens_TK for t in prepared.teachers.values()]]
@@ -235,9 +237,10 @@ def test_a_batch_is_copied_as_often_with_many_rows_as_with_few() -> None:
     model = adapted(config).to("meta")
     copied = []
     with Apart() as seen:
-        prepared = prepare(model, Sources(new=rows(0, 9)), config)
+        sources = Sources(new=rows(0, 9))
+        prepared = prepare(model, sources, config, sources.picks)
         for num in (2, 9):
-            batch = tuple(Pick(source=NEW, index=index) for index in range(num))
+            batch = tuple(Pick(source=Source.NEW, index=index) for index in range(num))
             over = objective.sums(prepared, batch, config)
             seen.num_copied.clear()
             objective.batch_loss(prepared, batch, over, config, 1).total.backward()
@@ -247,11 +250,11 @@ def test_a_batch_is_copied_as_often_with_many_rows_as_with_few() -> None:
 
 def test_every_tensor_of_an_evaluation_lives_on_the_models_device(tmp_path: Path) -> None:
     lora.save(adapted(CONFIG), tmp_path)
-    model, limits = tiny_model().to("meta"), Limits(max_new_tokens=3)
+    model = tiny_model().to("meta")
     with Apart():
-        base = base_top_k(model, tiny_tokenizer(), suite(), limits)
+        base = base_top_k(model, suite())
         kept = lora.merge(model, tmp_path)
-        results, _ = evaluate(model, tiny_tokenizer(), suite(), limits, base)
+        results, _ = evaluate(model, tiny_tokenizer(), suite(), 3, base)
         lora.unmerge(model, kept)
     assert len(results) == 6
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from perennial.training import run
-from perennial.training.evaluate import Limits, generate, longest_row
+from perennial.training.evaluate import longest_row
+from perennial.training.generate import generate
 from perennial.training.tokens import encode_prompt
 from tests.training.builders import save_tiny, tiny_model, tiny_tokenizer
 
@@ -80,11 +81,10 @@ def test_a_row_may_be_as_long_as_the_context_up_to_a_bound(
 
 def test_long_prompts_are_answered_apart_as_they_would_be_together() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    asked = [f"{n} {'ab ' * size}?" for n, size in enumerate((700, 690, 680, 3))]
+    asked = [f"{n} {'ab ' * size}?" for n, size in enumerate((1000, 990, 980, 3))]
     prompts = [encode_prompt(tokenizer, (("user", text),)) for text in asked]
 
-    together = generate(model, tokenizer, prompts, Limits(max_new_tokens=4, max_rows=4))
+    together = generate(model, tokenizer, prompts, max_new_tokens=4)
 
-    limits = Limits(max_new_tokens=4)
-    alone = [generate(model, tokenizer, [prompt], limits)[0] for prompt in prompts]
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=4)[0] for prompt in prompts]
     assert together == alone

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
-from perennial.training.machine import cpu_quota, threads_for
+from perennial.training.machine import choose_threads, cpu_quota, threads_for
 
 PEAK = "from perennial.training.machine import peak_rss_mb; print(peak_rss_mb())"
 
@@ -34,6 +36,20 @@ def test_threads_are_the_idle_cores_within_the_quota(
     num_allowed: int, quota: float, idle_share: float, num: int
 ) -> None:
     assert threads_for(num_allowed, quota, idle_share) == num
+
+
+def test_a_number_of_threads_that_is_given_is_taken_without_a_look_at_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look(interval: float) -> float:
+        raise AssertionError(f"waited for {interval} s")
+
+    monkeypatch.setattr(psutil, "cpu_percent", look)
+    num_before = torch.get_num_threads()
+    try:
+        assert choose_threads(2) == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(num_before)
 
 
 @pytest.mark.parametrize(

@@ -20,17 +20,8 @@ from perennial.training.compile import ClassWeights
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Judgement, Label, Pair
 from perennial.training.loss import Targets, TopK, dpo, head_losses, kto, plain_losses, top_k
-from perennial.training.mix import Batch, Pick, epoch_batches
-from perennial.training.prepared import (
-    GENERAL,
-    JUDGEMENTS,
-    NEW,
-    PAIRS,
-    REPLAY,
-    Sources,
-    prepare,
-    teach,
-)
+from perennial.training.mix import Batch, Pick, Source, epoch_batches
+from perennial.training.prepared import Sources, prepare, teach
 from perennial.training.recipes import encode_judged, encode_pair
 from perennial.training.teachers import read_teachers, write_teachers
 from perennial.training.tokens import TokenRow, encode_example
@@ -168,10 +159,13 @@ def test_only_rows_that_are_drawn_are_prepared() -> None:
     config = with_fields(recipe="anchor")
     model = adapted(config)
     sources = Sources(new=rows(0, 2), general=rows(2, 3, "general"))
-    drawn = {Pick(source=NEW, index=1), Pick(source=GENERAL, index=2)}
-    prepared = prepare(model, sources, config, drawn=drawn)
-    assert set(prepared.trunks) == {Pick(source=NEW, index=1), Pick(source=GENERAL, index=2)}
-    assert set(prepared.teachers) == {Pick(source=GENERAL, index=2)}
+    drawn = {Pick(source=Source.NEW, index=1), Pick(source=Source.GENERAL, index=2)}
+    prepared = prepare(model, sources, config, drawn)
+    assert set(prepared.trunks) == {
+        Pick(source=Source.NEW, index=1),
+        Pick(source=Source.GENERAL, index=2),
+    }
+    assert set(prepared.teachers) == {Pick(source=Source.GENERAL, index=2)}
 
 
 def log_prob(model: Any, row: TokenRow) -> Tensor:
@@ -187,12 +181,12 @@ def test_preferences_in_a_packed_batch_equal_plain_ones(reference: Any) -> None:
     config = with_fields(reference=reference, kernels="fused")
     model = adapted(config)
     sources = Sources(**preferences())
-    prepared = prepare(model, sources, config)
+    prepared = prepare(model, sources, config, sources.picks)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_A" in name:
                 weight *= 1.5
-    places = [(PAIRS, 0), (PAIRS, 1), (JUDGEMENTS, 0)]
+    places = [(Source.PAIRS, 0), (Source.PAIRS, 1), (Source.JUDGEMENTS, 0)]
     batch = tuple(Pick(source=source, index=index) for source, index in places)
     over = objective.sums(prepared, batch, config)
     found = objective.batch_loss(prepared, batch, over, config, step=1)
@@ -258,7 +252,8 @@ def first_batches(sources: Sources, config: TrainConfig) -> tuple[Batch, ...]:
 
 
 def losses_of(model: Any, config: TrainConfig) -> list[Any]:
-    prepared = prepare(model, whole_round(config), config)
+    sources = whole_round(config)
+    prepared = prepare(model, sources, config, sources.picks)
     found = []
     for step, batch in enumerate(first_batches(prepared.sources, config)[:4]):
         over = objective.sums(prepared, batch, config)
@@ -316,7 +311,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(kernels: Kernels, scope: str) -> N
         recipe="replay-kd-anchor", kernels=kernels, kl_scope=scope, general_share=0.4
     )
     model = adapted(config)
-    prepared = prepare(model, whole_round(config), config)
+    sources = whole_round(config)
+    prepared = prepare(model, sources, config, sources.picks)
     batch = first_batches(prepared.sources, config)[0]
     over = objective.sums(prepared, batch, config)
     whole = objective.batch_loss(prepared, batch, over, config, 3)
@@ -355,24 +351,28 @@ def test_dora_and_other_models_run_through_their_modules() -> None:
     ("recipe", "drawn"),
     [
         ("sft", set()),
-        ("replay", {REPLAY}),
-        ("replay-kd", {REPLAY}),
-        ("anchor", {REPLAY, GENERAL}),
-        ("replay-kd-anchor", {REPLAY, GENERAL}),
+        ("replay", {Source.REPLAY}),
+        ("replay-kd", {Source.REPLAY}),
+        ("anchor", {Source.REPLAY, Source.GENERAL}),
+        ("replay-kd-anchor", {Source.REPLAY, Source.GENERAL}),
     ],
 )
-def test_a_recipe_draws_its_own_sources(recipe: Any, drawn: set[int]) -> None:
+def test_a_recipe_draws_its_own_sources(recipe: Any, drawn: set[Source]) -> None:
     mix = mix_of(whole_round(CONFIG), with_fields(recipe=recipe, epochs=3))
-    assert {pick.source for pick in mix.drawable} == {NEW, PAIRS, JUDGEMENTS} | drawn
+    assert {pick.source for pick in mix.drawable} == {
+        Source.NEW,
+        Source.PAIRS,
+        Source.JUDGEMENTS,
+    } | drawn
 
 
 def test_a_replayed_row_is_half_its_label_and_half_its_teacher() -> None:
     config = with_fields(recipe="replay-kd", question_dropout=0)
     model = adapted(config)
     sources = whole_round(config)
-    prepared = prepare(model, sources, config)
+    prepared = prepare(model, sources, config, sources.picks)
     for index, share in ((0, 0.5), (5, 0.0)):  # the first has a teacher, the last has none
-        batch: Batch = (Pick(source=REPLAY, index=index),)
+        batch: Batch = (Pick(source=Source.REPLAY, index=index),)
         over = objective.sums(prepared, batch, config)
         found = objective.batch_loss(prepared, batch, over, config, 1).total.item()
         row = sources.replay[index]
@@ -387,7 +387,7 @@ def test_a_teacher_in_a_file_is_read_where_it_lies_and_gives_the_same_loss(tmp_p
     config = with_fields(recipe="replay-kd")
     model, sources = adapted(config), whole_round(config)
     write_teachers(tmp_path / "a", sources.replay[:4], list(sources.teachers.values()))
-    mapped = read_teachers(tmp_path / "a", sources.replay)
+    mapped = read_teachers(tmp_path / "a", sources.replay, config.kl_top_k)
     assert {(t.tokens_TK.dtype, t.log_probs_TK.dtype) for t in mapped.values()} == {
         (torch.int32, torch.float16)
     }
@@ -395,10 +395,10 @@ def test_a_teacher_in_a_file_is_read_where_it_lies_and_gives_the_same_loss(tmp_p
         id_: TopK(tokens_TK=t.tokens_TK.long(), log_probs_TK=t.log_probs_TK.float())
         for id_, t in mapped.items()
     }
-    batch = tuple(Pick(source=REPLAY, index=index) for index in range(5))
+    batch = tuple(Pick(source=Source.REPLAY, index=index) for index in range(5))
     found = []
     for teachers in (mapped, copied):
-        prepared = prepare(model, replace(sources, teachers=teachers), config)
+        prepared = prepare(model, replace(sources, teachers=teachers), config, sources.picks)
         over = objective.sums(prepared, batch, config)
         found.append(objective.batch_loss(prepared, batch, over, config, 1).total.item())
     assert found[0] == found[1]
@@ -409,8 +409,9 @@ def test_a_teacher_in_a_file_is_read_where_it_lies_and_gives_the_same_loss(tmp_p
 def test_a_general_row_is_held_to_the_base_at_each_of_its_tokens() -> None:
     config = with_fields(kl_scope="all", general_blend=1.0)
     model = adapted(config)
-    prepared = prepare(model, whole_round(config), config)
-    batch = tuple(Pick(source=GENERAL, index=index) for index in range(3))
+    sources = whole_round(config)
+    prepared = prepare(model, sources, config, sources.picks)
+    batch = tuple(Pick(source=Source.GENERAL, index=index) for index in range(3))
     found = objective.batch_loss(
         prepared, batch, objective.sums(prepared, batch, config), config, 1
     )

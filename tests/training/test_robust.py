@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -15,11 +16,11 @@ import safetensors.torch
 import torch
 
 from perennial.infra import artifacts
-from perennial.infra.errors import DivergedError, InputError, OutOfMemoryError
+from perennial.infra.errors import DivergedError, InputError, OutOfMemoryError, UnavailableError
 from perennial.training import lora, trainer
 from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
-from perennial.training.mix import Pick, Planned
+from perennial.training.mix import Pick, Planned, Source
 from perennial.training.objective import BatchLoss
 from perennial.training.prepared import Sources, log_probs_of, prepare, teach
 from perennial.training.progress import StepRecord
@@ -156,6 +157,18 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_from_it
         torch.testing.assert_close(lora.state(resumed)[name], weight, atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_an_adapter_that_the_disk_has_no_room_for_is_said_to_be_so(tmp_path: Path) -> None:
+    model = lora.attach(tiny_model(), CONFIG)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(UnavailableError, match=r"cannot write .* free disk space"):
+            lora.save(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
     class Refusing:
         device = torch.device("cpu")
@@ -166,10 +179,10 @@ def test_one_row_that_does_not_fit_is_an_error_with_its_step() -> None:
     config = CONFIG
     sources = Sources(new=encoded(0, 3))
     model = lora.attach(tiny_model(), config)
-    prepared = prepare(model, sources, config)
+    prepared = prepare(model, sources, config, sources.picks)
     broken = trainer.replace(prepared, split=Refusing())
     optimizer = trainer.make_optimizer(lora.trainable(model), config)
-    batch = (Pick(source=0, index=0),)
+    batch = (Pick(source=Source.NEW, index=0),)
     planned = Planned(step=7, num_steps=9, batch=batch)
     with pytest.raises(OutOfMemoryError, match="one row at a time") as told:
         trainer.gradients(broken, planned, config, optimizer, 1)
@@ -204,8 +217,9 @@ def test_memory_that_is_refused_for_one_row_is_an_error_that_says_what_to_do() -
 
     model = lora.attach(tiny_model(), CONFIG)
     model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(refuse)
+    sources = Sources(new=encoded(0, 3))
     with pytest.raises(OutOfMemoryError, match="outside a step; lower max_len"):
-        prepare(model, Sources(new=encoded(0, 3)), CONFIG)
+        prepare(model, sources, CONFIG, sources.picks)
 
 
 def found_with(losses: dict[str, float]) -> BatchLoss:
@@ -345,11 +359,12 @@ def test_a_resumed_run_still_knows_how_it_began(
     assert len(steps) == len(whole) - 3
 
 
-def test_a_kl_budget_spent_before_the_first_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_a_kl_budget_spent_before_the_first_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     sources = Sources(new=encoded(0, 10), general=encoded(40, 4, "general"))
     config = with_fields(kl_budget=1e-9, general_share=0.3)
-    with pytest.raises(DivergedError, match="before the first checkpoint; lower lr"):
-        trained(config, tmp_path, sources)
+    _, found, _ = trained(config, tmp_path, sources)
+    assert found.num_steps == 0
+    assert "at step 3, over kl_budget 1e-09" in str(found.stopped_because)
 
 
 def test_b_learns_faster_than_a_by_its_ratio() -> None:

@@ -250,7 +250,7 @@ def test_teachers_come_back_for_equal_tokens_only(tmp_path: Path) -> None:
     ]
     write_teachers(tmp_path / "t", rows, taught)
     other = TokenRow(id=rows[1].id, ids_T=rows[1].ids_T + 1, num_prompt=rows[1].num_prompt)
-    found = read_teachers(tmp_path / "t", [rows[0], other])
+    found = read_teachers(tmp_path / "t", [rows[0], other], 3)
     assert set(found) == {rows[0].id}
     assert torch.equal(found[rows[0].id].tokens_TK.long(), taught[0].tokens_TK)
     assert torch.equal(found[rows[0].id].log_probs_TK, taught[0].log_probs_TK.half())
@@ -258,4 +258,4 @@ def test_teachers_come_back_for_equal_tokens_only(tmp_path: Path) -> None:
     assert tokens.nbytes + np.load(tmp_path / "t" / "log_probs.npy").nbytes == 6 * 3 * sum(nums)
     (tmp_path / "t" / "tokens.npy").write_bytes(b"x")
     with pytest.raises(IntegrityError):
-        read_teachers(tmp_path / "t", rows)
+        read_teachers(tmp_path / "t", rows, 3)

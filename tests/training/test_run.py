@@ -24,7 +24,7 @@ TOLERANCE = 1e-6
 
 
 def start(job: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "perennial.training.run", str(job), str(out)]
+    command = [sys.executable, "-m", "perennial.training.run", "train", str(job), str(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

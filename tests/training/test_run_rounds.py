@@ -10,8 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from perennial.infra.errors import ConfigError, InputError, IntegrityError, TrainingError
-from perennial.training import lora
+from perennial.infra.errors import (
+    ConfigError,
+    DivergedError,
+    InputError,
+    IntegrityError,
+    TrainingError,
+)
+from perennial.training import checkpoint, lora
 from perennial.training.evaluate import reference_nlls
 from perennial.training.examples import Judgement, Label, Pair, write_examples
 from perennial.training.job import read_train_job
@@ -20,6 +26,7 @@ from perennial.training.run import run_training
 from perennial.training.tokens import encode_answer
 from tests.training.builders import example, write_job
 
+SECOND = {"parent_adapter": "one/adapter", "replay_rows": "old.jsonl"}
 RECIPE = {"rank": 4, "epochs": 2, "batch_tokens": 200, "lr": 5e-3, "top_layers": 1}
 
 
@@ -41,7 +48,7 @@ def trained(folder: Path, name: str, **fields: Any) -> dict[str, Any]:
 def second(folder: Path, **fields: Any) -> dict[str, Any]:
     """A round on the adapter of the first, which replays two of its rows."""
     write_examples(folder / "old.jsonl", [example(i) for i in (1, 2)])
-    return trained(folder, "two", parent_adapter="one/adapter", replay_rows="old.jsonl", **fields)
+    return trained(folder, "two", **SECOND, **fields)
 
 
 def counted(**fields: int) -> dict[str, int]:
@@ -72,6 +79,42 @@ def test_a_rebuilt_round_learns_the_buffer_as_new(tmp_path: Path) -> None:
     assert found["start"] == {"start": "base", "reason": "rebuilt after 1 rounds"}
     assert found["lineage"]["num_rounds"] == 1
     assert found["num_rows"] == counted(new=12, general=4)
+
+
+@pytest.mark.parametrize("start", ["parent", "slow-fast"])
+def test_a_round_that_a_far_parent_takes_over_the_kl_budget_is_rebuilt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, start: str
+) -> None:
+    trained(tmp_path, "one", config={"recipe": "replay", "epochs": 8, "lr": 2e-2})
+    near = {"kl_budget": 0.01, "lr": 1e-4, "checkpoint_steps": 2, "start": start}
+    found = second(tmp_path, config=near)
+    reason = found["start"]["reason"]
+    assert "at step 2, over kl_budget 0.01, before the first checkpoint" in reason
+    assert f"{reason.removeprefix('rebuilt: ')}: the round begins from the base" in caplog.text
+    assert found["start"]["start"] == "base"
+    assert found["lineage"]["num_rounds"] == 1
+    assert found["num_rows"] == counted(new=12, general=4)
+    rebuilt = lora.read_state(tmp_path / "two" / "adapter")
+    second(tmp_path, config={**near, "start": "base"})
+    for name, weight in lora.read_state(tmp_path / "two" / "adapter").items():
+        assert torch.equal(rebuilt[name], weight)
+
+
+def test_a_round_from_the_base_over_its_kl_budget_at_once_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="of a round from the base; lower lr"):
+        trained(tmp_path, "one", config={"kl_budget": 1e-9, "checkpoint_steps": 2})
+
+
+def test_a_killed_round_knows_that_its_parent_is_too_far(tmp_path: Path) -> None:
+    trained(tmp_path, "one", config={"recipe": "replay"})
+    near = {"kl_budget": 9.0}
+    write_examples(tmp_path / "old.jsonl", [example(i) for i in (1, 2)])
+    job = read_train_job(write_job(tmp_path, config={**RECIPE, **near}, **SECOND))
+    checkpoint.note_spent(tmp_path / "two" / "checkpoints", job.digest, "too far")
+    assert second(tmp_path, config=near)["start"] == {"start": "base", "reason": "rebuilt: too far"}
+    other = {**near, "kl_budget": 8.0}
+    checkpoint.note_spent(tmp_path / "two" / "checkpoints", job.digest, "too far")
+    assert second(tmp_path, config=other)["start"]["start"] == "parent"
 
 
 def test_a_slow_round_keeps_the_fast_adapter_for_the_next(tmp_path: Path) -> None:
@@ -144,6 +187,14 @@ def test_what_a_round_learned_teaches_its_replay(tmp_path: Path) -> None:
     assert np.load(tmp_path / "two" / "teachers" / "tokens.npy").shape[1] == 20
     on_disk = [path.stat().st_size for path in (tmp_path / "two" / "teachers").iterdir()]
     assert found["teachers_mb"] == sum(on_disk) / 1e6 > 0
+
+
+def test_a_round_with_another_top_k_has_no_teacher_of_before(tmp_path: Path) -> None:
+    config = {"recipe": "replay-kd-anchor", "replay_share": 0.4}
+    trained(tmp_path, "one", config=config)
+    found = second(tmp_path, config={**config, "kl_top_k": 8}, teachers="one/teachers")
+    assert found["num_taught"] == 0
+    assert np.load(tmp_path / "two" / "teachers" / "tokens.npy").shape[1] == 8
 
 
 def preferences(folder: Path) -> tuple[tuple[Pair, ...], tuple[Judgement, ...]]:

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perennial.infra.errors import InputError, TrainingError
-from perennial.training.batching import cut, length_sorted, pack, shared_prefix
-from perennial.training.evaluate import Limits, generate, reference_nlls
+from perennial.training.batching import cut, length_sorted, of_like_length, pack, shared_prefix
+from perennial.training.evaluate import reference_nlls
+from perennial.training.generate import generate
 from perennial.training.grading import EvalRow, is_right
 from perennial.training.tokens import TokenRow, encode_example, encode_prompt
 from perennial.training.trunk import SplitModel
@@ -167,11 +168,16 @@ def test_cut_and_length_sorted_lose_nothing(sizes: list[int], budget: int) -> No
     assert flat == sorted(sizes, reverse=True)
 
 
+def test_long_prompts_are_fewer_at_once() -> None:
+    assert list(of_like_length([10, 2048, 2048, 20], max_rows=4)) == [[1], [2], [3], [0]]
+    assert list(of_like_length([10, 1024, 900, 20], max_rows=4)) == [[1, 2, 3, 0]]
+
+
 def test_batched_greedy_answers_equal_those_given_alone() -> None:
     model, tokenizer = tiny_model(3), tiny_tokenizer()
     asked = [encode_prompt(tokenizer, (("user", "w" * n),)) for n in (3, 40, 9, 9, 17)]
-    together = generate(model, tokenizer, asked, Limits(max_new_tokens=9, max_rows=4))
-    alone = [generate(model, tokenizer, [p], Limits(max_new_tokens=9))[0] for p in asked]
+    together = generate(model, tokenizer, asked, max_new_tokens=9)
+    alone = [generate(model, tokenizer, [p], max_new_tokens=9)[0] for p in asked]
     reference = [
         model.generate(
             torch.tensor([prompt]),
