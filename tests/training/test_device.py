@@ -311,8 +311,8 @@ def round_and_score(folder: Path, device: Device, dtype: DType) -> tuple[Any, An
     place = {"device": device, "dtype": dtype}
     done = process("train", write_job(folder, **place), folder / "out")
     lines = [
-        json.dumps({"id": r.id, "messages": r.messages, "reference": r.reference, "rule": "exact"})
-        for r in suite(10)
+        json.dumps({"id": r.id, "messages": r.messages, "reference": r.completion, "rule": "exact"})
+        for r in map(example, range(10))
     ]
     (folder / "suite.jsonl").write_text("\n".join(lines))
     body = {
