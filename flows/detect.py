@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from perennial.flows.mapping import to_feedback_rows, to_limits, to_policy, to_traffic
-from perennial.flows.steps import transient_task
+from perennial.flows.steps import digest, transient_task
 from perennial.flows.wiring import Deps, connect
 from perennial.monitoring.check import CheckResult, check
 from perennial.monitoring.check_store import StoredCheck
@@ -31,13 +31,23 @@ def detect(task_name: str) -> str:
 def check_traffic(deps: Deps, task_name: str, *, is_forced: bool) -> StoredCheck:
     """The check of the traffic since the champion's round began, with its report on disk."""
     result = _measure(deps, task_name, is_forced=is_forced)
-    folder = deps.settings.home / "checks" / f"{task_name}-{result.inputs_digest[:16]}"
+    folder = deps.settings.home / "checks" / report_name(task_name, result)
     from perennial.monitoring.report import HTML, write_report  # Evidently: seconds to import
 
     write_report(result, folder)
     stored = deps.checks.add(task_name, result, report_path=folder / HTML)
     create_markdown_artifact(key="check", markdown=summary(stored), description="Last check")
     return stored
+
+
+def report_name(task_name: str, result: CheckResult) -> str:
+    """The name of a check's report; checks that see and decide the same share one."""
+    told = {
+        "rows": result.inputs_digest,
+        "evidence": repr(result.evidence),
+        "decision": repr(result.decision),
+    }
+    return f"{task_name}-{digest(told)[:16]}"
 
 
 def cutoff(deps: Deps, champion: ModelVersion | None) -> datetime:
