@@ -13,6 +13,7 @@ import pytest
 from perennial.feedback.records import Correction, Feedback, Message, Target
 from perennial.flows import evidence
 from perennial.flows.curate import data_folder, suite_row, write_suite
+from perennial.flows.detect import measure
 from perennial.flows.release import ask_approval, judged_version
 from perennial.flows.retrain import (
     close_if_empty,
@@ -206,6 +207,26 @@ def test_only_a_rejected_candidate_is_an_attempt(
 
     (numbers,) = (reason.numbers for reason in found.reasons if "attempt" in reason.numbers)
     assert numbers["attempt"] == attempt
+
+
+def test_only_what_no_candidate_has_learned_calls_for_a_round(deps: Deps) -> None:
+    corrected(deps, example(1))
+    corrected(deps, example(2))
+    rejected = deps.ledger.open_round("support", "enough", "1")
+    lease = deps.ledger.claim(rejected.id, "test", ttl_s=60)
+    deps.ledger.finish_step(lease, "register", "0", {"verdict": "reject"})
+    deps.ledger.close_round(lease, RoundState.REJECTED, ["no"])
+    empty = deps.ledger.open_round("support", "forced", "2")
+    corrected(deps, example(3))
+    deps.ledger.close_round(
+        deps.ledger.claim(empty.id, "test", ttl_s=60), RoundState.REJECTED, ["no row"]
+    )
+
+    found = measure(deps, "support", is_forced=False)
+    forced = measure(deps, "support", is_forced=True)
+
+    assert found.evidence.num_new_examples == 1
+    assert forced.evidence.num_new_examples == 3
 
 
 @pytest.mark.slow
