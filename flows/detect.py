@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from perennial.flows.mapping import to_feedback_rows, to_limits, to_policy, to_traffic
-from perennial.flows.steps import transient_task
+from perennial.flows.steps import digest, transient_task
 from perennial.flows.wiring import Deps, connect
 from perennial.monitoring.check import CheckResult, check
 from perennial.monitoring.check_store import StoredCheck
@@ -30,14 +30,53 @@ def detect(task_name: str) -> str:
 @transient_task("check")
 def check_traffic(deps: Deps, task_name: str, *, is_forced: bool) -> StoredCheck:
     """The check of the traffic since the champion's round began, with its report on disk."""
-    result = _measure(deps, task_name, is_forced=is_forced)
-    folder = deps.settings.home / "checks" / f"{task_name}-{result.inputs_digest[:16]}"
+    result = measure(deps, task_name, is_forced=is_forced)
+    folder = deps.settings.home / "checks" / report_name(task_name, result)
     from perennial.monitoring.report import HTML, write_report  # Evidently: seconds to import
 
     write_report(result, folder)
     stored = deps.checks.add(task_name, result, report_path=folder / HTML)
     create_markdown_artifact(key="check", markdown=summary(stored), description="Last check")
     return stored
+
+
+def measure(deps: Deps, task_name: str, *, is_forced: bool) -> CheckResult:
+    """The check of the traffic as it stands.
+
+    What a candidate has learned is not new, but to a forced check: it may be tried again.
+    """
+    now, since = deps.feedback.horizon(), cutoff(deps, live_version(deps, task_name))
+    policy = to_policy(deps.settings.check, is_forced=is_forced)
+    unseen = since if is_forced else unseen_since(deps, task_name, since)
+    judged = deps.feedback.feedback_between(task_name, unseen, now)
+    new = compile_feedback(to_feedback_rows(judged), to_limits(deps.settings.training))
+    return check(
+        _windows(deps, task_name, since, now),
+        policy,
+        num_new_examples=len(new.examples),
+        now=now,
+        last_trained_at=_last_trained_at(deps, task_name),
+    )
+
+
+def unseen_since(deps: Deps, task_name: str, since: datetime) -> datetime:
+    """When the newest round that had a candidate began, or `since`, whichever is later.
+
+    Without it a rejected candidate would be followed by its like, on the same rows.
+    """
+    rounds = deps.ledger.list_rounds(task_name)
+    begun = (row.opened_at for row in rounds if "register" in deps.ledger.steps(row.id))
+    return max(since, next(begun, since))
+
+
+def report_name(task_name: str, result: CheckResult) -> str:
+    """The name of a check's report; checks that see and decide the same share one."""
+    told = {
+        "rows": result.inputs_digest,
+        "evidence": repr(result.evidence),
+        "decision": repr(result.decision),
+    }
+    return f"{task_name}-{digest(told)[:16]}"
 
 
 def cutoff(deps: Deps, champion: ModelVersion | None) -> datetime:
@@ -58,20 +97,6 @@ def summary(stored: StoredCheck) -> str:
         f"## {stored.decision}\n\n{reasons}\n\n"
         f"{stored.num_current} interactions against {stored.num_reference}, "
         f"{stored.num_new_examples} new examples.\n\nReport: `{stored.report_path}`\n"
-    )
-
-
-def _measure(deps: Deps, task_name: str, *, is_forced: bool) -> CheckResult:
-    now, since = deps.feedback.horizon(), cutoff(deps, live_version(deps, task_name))
-    policy = to_policy(deps.settings.check, is_forced=is_forced)
-    judged = deps.feedback.feedback_between(task_name, since, now)
-    new = compile_feedback(to_feedback_rows(judged), to_limits(deps.settings.training))
-    return check(
-        _windows(deps, task_name, since, now),
-        policy,
-        num_new_examples=len(new.examples),
-        now=now,
-        last_trained_at=_last_trained_at(deps, task_name),
     )
 
 

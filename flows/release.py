@@ -43,8 +43,8 @@ def release_round(deps: Deps, round_: Round, policy: ApprovalSettings) -> str:
         show_in_mlflow(deps, round_.task)
         return found.state.value
     with leased(deps.ledger, round_.id, deps.settings.home) as steps:
-        version = _version_of(deps, round_)
-        verdict = _last_verdict(deps, steps, version)
+        verdict = _last_verdict(deps, round_)
+        version = judged_version(deps, round_, verdict)
         if verdict["verdict"] == "reject":
             return _reject(deps, steps, version, _unmet(verdict))
         answer = ask_approval(deps, round_, version, verdict, policy)
@@ -62,6 +62,14 @@ def release_round(deps: Deps, round_: Round, policy: ApprovalSettings) -> str:
         confirm_serving(deps, round_.task, version)
         reasons = [reason["sentence"] for reason in verdict["reasons"]]
         return deps.ledger.close_round(steps.lease, RoundState.PROMOTED, reasons).state.value
+
+
+def judged_version(deps: Deps, round_: Round, verdict: Json) -> ModelVersion:
+    """The version that the verdict names; the round's newest, where an older release named none."""
+    if "name" in verdict:
+        return deps.versions.get(verdict["name"])
+    versions = deps.versions.list_versions(round_.task)
+    return next(version for version in versions if version.round_id == round_.id)
 
 
 @transient_task("approval")
@@ -148,15 +156,10 @@ def _route(shown: Json, task_name: str) -> Json:
     return next((route for route in routes if route["task"] == task_name), {})
 
 
-def _version_of(deps: Deps, round_: Round) -> ModelVersion:
-    versions = deps.versions.list_versions(round_.task)
-    return next(version for version in versions if version.round_id == round_.id)
-
-
-def _last_verdict(deps: Deps, steps: Steps, version: ModelVersion) -> Json:
-    found = deps.ledger.last_result(steps.lease.round_id, "register")
+def _last_verdict(deps: Deps, round_: Round) -> Json:
+    found = deps.ledger.last_result(round_.id, "register")
     if found is None:
-        raise PerennialError(f"{version.name} has no verdict yet; run the flow retrain")
+        raise PerennialError(f"{round_.id} has no verdict yet; run the flow retrain")
     return found
 
 

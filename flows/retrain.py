@@ -46,10 +46,13 @@ def open_round(deps: Deps, check: StoredCheck) -> Round:
 
 
 def retrain_round(deps: Deps, round_: Round) -> None:
-    """Do what is left of a round up to its verdict; a closed round is left alone."""
+    """Do what is left of a round up to its verdict; one that is closed or judged is left alone."""
     if deps.ledger.get(round_.id).state is not RoundState.OPEN:
         return
     with leased(deps.ledger, round_.id, deps.settings.home) as steps:
+        # Under settings that changed, the steps would train in place of what a reviewer looks at.
+        if "register" in deps.ledger.steps(round_.id):
+            return
         champion = note_champion(deps, steps, round_)
         data = curate_rows(deps, steps, round_, champion)
         if close_if_empty(deps, steps, round_):
@@ -241,10 +244,17 @@ def judge_candidate(
 def register_version(
     deps: Deps, steps: Steps, round_: Round, verdict: Json, version: ModelVersion
 ) -> Json:
-    """The version in MLflow with its evidence, for a reviewer to decide from."""
+    """The version in MLflow with its evidence, for a reviewer to decide from.
+
+    The result is the verdict, with the `name` of the version that it is about.
+    """
     inputs = {"version": version.name, "verdict": digest(verdict)}
-    folder = _folder(deps, round_)
-    return steps.once("register", inputs, lambda: evidence.publish(deps, round_, version, folder))
+
+    def work() -> Json:
+        shown = evidence.publish(deps, round_, version, _folder(deps, round_))
+        return {**shown, "name": version.name}
+
+    return steps.once("register", inputs, work)
 
 
 def _folder(deps: Deps, round_: Round) -> Path:

@@ -177,11 +177,10 @@ class MlflowStore:
     ) -> tuple[AliasChange, ...]:
         """What had to be changed so that both aliases show these versions; None has no alias.
 
-        Raises:
-            NotFoundError: MLflow does not know one of the versions.
+        Nor has a version that MLflow does not know, as when its own state was lost or deleted.
         """
         with self._reachable():
-            if champion is None and previous is None and not self._has_model(task):
+            if not self._has_model(task):
                 return ()
             aliases = self._client.get_registered_model(task).aliases
             changes = (
@@ -265,7 +264,10 @@ class MlflowStore:
         self, task: str, alias: str, name: str | None, aliases: Mapping[str, str]
     ) -> AliasChange | None:
         was = aliases.get(alias)
-        now = None if name is None else str(self._require(task, name).version)
+        found = None if name is None else self._find(task, name)
+        if name is not None and found is None:
+            log.warning("version unknown to MLflow task=%s alias=%s version=%s", task, alias, name)
+        now = None if found is None else str(found.version)
         if was == now:
             return None
         if now is None:

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -12,8 +13,15 @@ import pytest
 from perennial.feedback.records import Correction, Feedback, Message, Target
 from perennial.flows import evidence
 from perennial.flows.curate import data_folder, suite_row, write_suite
-from perennial.flows.release import ask_approval
-from perennial.flows.retrain import close_if_empty, curate_rows, name_version
+from perennial.flows.detect import measure
+from perennial.flows.release import ask_approval, judged_version
+from perennial.flows.retrain import (
+    close_if_empty,
+    curate_rows,
+    name_version,
+    register_version,
+    retrain_round,
+)
 from perennial.flows.steps import leased
 from perennial.flows.wiring import Deps, make_deps
 from perennial.infra.artifacts import publish
@@ -22,7 +30,7 @@ from perennial.infra.db import Database, create_all
 from perennial.infra.settings import Settings, load_settings
 from perennial.registry.gate import Reject
 from perennial.registry.rounds import Round, RoundState
-from perennial.registry.versions import ModelVersion
+from perennial.registry.versions import ModelVersion, NewVersion
 from perennial.training import run
 from perennial.training.examples import Example, write_examples
 from perennial.training.replay import ReplayStore
@@ -33,6 +41,7 @@ from tests.training.builders import example, save_tiny
 name_it: Any = name_version.fn  # type: ignore[attr-defined]  # without Prefect around it
 curate_it: Any = curate_rows.fn  # type: ignore[attr-defined]  # as above
 close_it: Any = close_if_empty.fn  # type: ignore[attr-defined]  # as above
+register: Any = register_version.fn  # type: ignore[attr-defined]  # as above
 ask: Any = ask_approval.fn  # type: ignore[attr-defined]  # as above
 ROWS = ("train", "replay", "dev", "general", "pairs", "judgements")
 
@@ -200,6 +209,26 @@ def test_only_a_rejected_candidate_is_an_attempt(
     assert numbers["attempt"] == attempt
 
 
+def test_only_what_no_candidate_has_learned_calls_for_a_round(deps: Deps) -> None:
+    corrected(deps, example(1))
+    corrected(deps, example(2))
+    rejected = deps.ledger.open_round("support", "enough", "1")
+    lease = deps.ledger.claim(rejected.id, "test", ttl_s=60)
+    deps.ledger.finish_step(lease, "register", "0", {"verdict": "reject"})
+    deps.ledger.close_round(lease, RoundState.REJECTED, ["no"])
+    empty = deps.ledger.open_round("support", "forced", "2")
+    corrected(deps, example(3))
+    deps.ledger.close_round(
+        deps.ledger.claim(empty.id, "test", ttl_s=60), RoundState.REJECTED, ["no row"]
+    )
+
+    found = measure(deps, "support", is_forced=False)
+    forced = measure(deps, "support", is_forced=True)
+
+    assert found.evidence.num_new_examples == 1
+    assert forced.evidence.num_new_examples == 3
+
+
 @pytest.mark.slow
 def test_a_reviewer_sees_what_was_too_long_and_what_it_was_compared_with(
     deps: Deps, tmp_path: Path
@@ -247,3 +276,71 @@ def test_a_rebuilt_version_replaces_the_champion_that_it_was_compared_with(deps:
     answer = ask(deps, later, version, {"verdict": "promote"}, deps.settings.approval)
 
     assert answer.expected == champion.name
+
+
+class DeafMlflow:
+    """Keeps nothing of what it is told."""
+
+    def ensure_run(self, *_: object) -> Any:
+        return SimpleNamespace(url="http://run")
+
+    def register(self, *_: object) -> Any:
+        return SimpleNamespace(url="http://version")
+
+    def log(self, *_: object, **__: object) -> None:
+        """Nothing."""
+
+    log_params = log_curve = log_bytes = log_file = finish_run = log
+
+
+class DeafDeps(Deps):
+    """The stores, with an MLflow that needs no server."""
+
+    def mlflow(self) -> Any:
+        return DeafMlflow()
+
+
+def registered(deps: Deps, round_: Round, version: ModelVersion) -> Any:
+    """What the round notes of its candidate, trained and scored on no row."""
+    folder = data_folder(deps, round_.id).parent
+    (folder / "data" / "diff.md").write_text("# Training rows\n")
+    write_suite(folder / "data" / "suites" / "target.jsonl", [])
+    trained = {"config": {"rank": 4}, "num_rows": {"new": 1}, "left_out": []}
+    (folder / "train" / "summary.json").write_text(json.dumps(trained))
+    (folder / "train" / "progress.jsonl").write_text("")
+    deaf = DeafDeps(**{field.name: getattr(deps, field.name) for field in fields(deps)})
+    with leased(deps.ledger, round_.id, deps.settings.home) as steps:
+        return register(deaf, steps, round_, {"verdict": "reject"}, version)
+
+
+def test_a_verdict_is_about_the_version_that_was_judged(deps: Deps) -> None:
+    round_ = begun(deps, 1, None, [example(1)])
+    judged = candidate(deps, round_, "base", None)
+    verdict = registered(deps, round_, judged)
+    later = deps.versions.register(
+        NewVersion(
+            task="support",
+            adapter_digest="e" * 64,
+            adapter_path=judged.adapter_path,
+            base_digest=judged.base_digest,
+            round_id=round_.id,
+            parent=None,
+            dataset_digest=judged.dataset_digest,
+        ),
+        (),
+    )
+
+    assert judged_version(deps, round_, verdict) == judged
+    del verdict["name"]  # as older releases noted it
+    assert judged_version(deps, round_, verdict) == later
+
+
+def test_a_candidate_under_review_is_not_trained_again_under_changed_settings(deps: Deps) -> None:
+    round_ = begun(deps, 1, None, [example(1)])
+    registered(deps, round_, candidate(deps, round_, "base", None))
+    steps = deps.ledger.steps(round_.id)
+    given = deps.settings.model_dump() | {"training": {"overrides": {"rank": 2}}}
+
+    retrain_round(replace(deps, settings=Settings.model_validate(given)), round_)
+
+    assert deps.ledger.steps(round_.id) == steps

@@ -173,6 +173,20 @@ def test_aliases_follow_and_a_moved_one_is_put_back(
     assert client.get_registered_model(task).aliases == {}
 
 
+def test_a_version_that_mlflow_lost_has_no_alias(
+    store: MlflowStore, client: MlflowClient, sqlite_world: World, task: str
+) -> None:
+    world = sqlite_world
+    one, two = world.version(1, task=task), world.version(2, task=task)
+    world.promote(one.name, task=task)
+    assert reconcile(task, world.champions, world.outbox, store) == ()
+    registered(store, two)
+    world.promote(two.name, one.name, task=task)
+    reconcile(task, world.champions, world.outbox, store)
+    assert client.get_registered_model(task).aliases == {"champion": "1"}
+    assert world.outbox.newest_pending(task) is None
+
+
 def test_a_killed_server_is_unavailable_and_works_after_restart(
     store: MlflowStore, mlflow_server: MlflowServer, sqlite_world: World, version: ModelVersion
 ) -> None:
