@@ -96,10 +96,10 @@ class Admission:
             self._disk.check()
         _refuse("this API key", self._keys.take(caller, num))
 
-    def admit_subject(self, tenant: str, subject: str | None) -> None:
-        """Raise unless `subject` may send one more row now."""
+    def admit_subject(self, tenant: str, subject: str | None, num: int = 1) -> None:
+        """Raise unless `subject` may send `num` more rows now."""
         if subject is not None:
-            _refuse("this subject", self._subjects.take(f"{tenant} {subject}", 1))
+            _refuse("this subject", self._subjects.take(f"{tenant} {subject}", num))
 
 
 def open_admission() -> Admission:

@@ -175,6 +175,9 @@ class GroupCommitter:
                 return [error]
             half = len(group) // 2
             return [*self._commit(group[:half]), *self._commit(group[half:])]
+        except Exception:  # thread edge: logged whole, and the next group may do
+            log.exception("group not committed rows=%d", len(group))
+            return [UnavailableError("the write failed, the log says why")] * len(group)
 
     def _answer(self, group: Sequence[_Waiting], outcomes: Iterable[Outcome]) -> None:
         """Resolve every request that is complete, with one wake-up for each event loop."""

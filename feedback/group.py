@@ -52,7 +52,7 @@ class GroupRows(Protocol):
         """Those of `pairs` (tenant, key) that are there."""
 
     def interactions(self, ids: Sequence[Pair]) -> Mapping[Pair, About]:
-        """Those of `ids` (tenant, id) that are there."""
+        """Those of `ids` (tenant, id) that are there and not erased."""
 
     def latest_of_traces(self, traces: Sequence[Pair]) -> Mapping[Pair, About]:
         """The latest interaction of each of `traces` (tenant, trace_id)."""

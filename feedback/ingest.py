@@ -25,6 +25,7 @@ from perennial.feedback.intake import (
     check_items,
     check_one,
     store,
+    subject_by_row,
 )
 from perennial.feedback.limits import MAX_BATCH_BYTES, MAX_BODY_BYTES, parse_json, read_json
 from perennial.feedback.problems import problem_of
@@ -66,7 +67,8 @@ def _batch(intake: Intake, kind: Kind[BodyT]) -> Handler:
         caller, key = await admitted(intake, request), _key_of(request)
         items = parse_json(_BATCH, await read_json(request, MAX_BATCH_BYTES)).items
         admit_rows(intake, caller, len(items))
-        checked = await check_items(intake, kind, list(map(bytes, items)), caller, key)
+        admit = subject_by_row(intake, caller)
+        checked = await check_items(intake, kind, list(map(bytes, items)), caller, key, admit)
         outcomes = await store(intake, checked)
         replies = [_item_reply(kind.name, i, outcome) for i, outcome in enumerate(outcomes)]
         return _json({"items": replies}, 200)

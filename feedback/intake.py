@@ -5,7 +5,8 @@ Shared by the routes of `ingest` and `traces`; reading bodies and wording answer
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -30,10 +31,12 @@ from perennial.feedback.redact import Redact
 from perennial.feedback.rows import payload_sha256
 from perennial.feedback.store import Outcome, Stored, Submission
 from perennial.infra.clock import Clock, new_id
-from perennial.infra.errors import InputError, OverloadedError, PerennialError
+from perennial.infra.errors import InputError, OverloadedError, PerennialError, RateLimitedError
 
 BodyT = TypeVar("BodyT", InteractionBody, FeedbackBody)
 Checked = Submission | PerennialError
+AdmitSubject = Callable[[str | None], None]
+"""Raises RateLimitedError unless the row of this subject may be written now."""
 
 _ITEMS_AT_ONCE = 100  # of a batch, before other requests get their turn
 
@@ -88,11 +91,38 @@ def admit_rows(intake: Intake, caller: Principal, num_rows: int) -> None:
     intake.admission.admit(caller.key_id or caller.tenant, num_rows)
 
 
+def subject_by_row(intake: Intake, caller: Principal) -> AdmitSubject:
+    """Each row of a subject by itself."""
+    return lambda subject: intake.admission.admit_subject(caller.tenant, subject)
+
+
+def subject_at_once(intake: Intake, caller: Principal, subjects: Iterable[str]) -> AdmitSubject:
+    """All rows of a subject or none, `subjects` naming that of each row.
+
+    For who sends all again when a row was refused: of more rows than the burst, one at a time, some
+    would be refused for ever.
+    """
+    refused: dict[str | None, RateLimitedError] = {}
+    for subject, num in Counter(subjects).items():
+        try:
+            intake.admission.admit_subject(caller.tenant, subject, num)
+        except RateLimitedError as error:
+            refused[subject] = error
+
+    def admit(subject: str | None) -> None:
+        if subject in refused:
+            raise refused[subject].with_traceback(None)
+
+    return admit
+
+
 def check_one(
     intake: Intake, kind: Kind[BodyT], content: bytes, caller: Principal, key: str | None
 ) -> Submission:
     """The record of a body, redacted; raises a PerennialError for one that cannot be kept."""
-    return _submission(intake, kind, parse_json(kind.one, content), caller, key, len(content))
+    body = parse_json(kind.one, content)
+    intake.admission.admit_subject(caller.tenant, body.subject)
+    return _submission(intake, kind, body, caller, key, len(content))
 
 
 async def check_items(
@@ -101,12 +131,13 @@ async def check_items(
     contents: Sequence[bytes],
     caller: Principal,
     batch_key: str | None,
+    admit: AdmitSubject,
 ) -> list[Checked]:
     """Each item by itself, so that a bad one does not cost its neighbours."""
     checked: list[Checked] = []
     for index, content in enumerate(contents):
         key = batch_key and f"{batch_key} {index}"
-        checked.append(_checked(intake, kind, content, caller, key))
+        checked.append(_checked(intake, kind, content, caller, key, admit))
         if index % _ITEMS_AT_ONCE == _ITEMS_AT_ONCE - 1:
             await asyncio.sleep(0)
     return checked
@@ -124,10 +155,16 @@ async def store(intake: Intake, checked: Sequence[Checked]) -> list[Outcome]:
 
 
 def _checked(
-    intake: Intake, kind: Kind[BodyT], content: bytes, caller: Principal, key: str | None
+    intake: Intake,
+    kind: Kind[BodyT],
+    content: bytes,
+    caller: Principal,
+    key: str | None,
+    admit: AdmitSubject,
 ) -> Checked:
     try:
         body = parse_json(kind.item, content)
+        admit(body.subject)
         # A client's own key holds no space, so one derived from the batch cannot collide with it.
         return _submission(intake, kind, body, caller, _own_key(body) or key, len(content))
     except PerennialError as error:
@@ -149,7 +186,6 @@ def _submission(
     key: str | None,
     num_bytes: int,
 ) -> Submission:
-    intake.admission.admit_subject(caller.tenant, body.subject)
     sent = body.to_record(
         id=new_id(kind.id_prefix), tenant=caller.tenant, received_at=intake.clock()
     )

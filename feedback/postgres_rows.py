@@ -30,6 +30,7 @@ _BY_ID = """
 SELECT t.tenant, t.id, t.id, t.task
 FROM unnest(%s::text[], %s::text[]) AS wanted(tenant, value)
 JOIN interactions AS t ON t.tenant = wanted.tenant AND t.id = wanted.value
+AND t.erased_at IS NULL
 """
 _BY_TRACE = """
 SELECT DISTINCT ON (t.tenant, t.trace_id) t.tenant, t.trace_id, t.id, t.task
@@ -75,7 +76,7 @@ class PostgresRows:
         return self._known(table, "idempotency_key", pairs)
 
     def interactions(self, ids: Sequence[Pair]) -> Mapping[Pair, About]:
-        """Those of `ids` that are there."""
+        """Those of `ids` that are there and not erased."""
         return self._about(_BY_ID, ids)
 
     def latest_of_traces(self, traces: Sequence[Pair]) -> Mapping[Pair, About]:

@@ -243,7 +243,7 @@ def _join(session: Session, row: FeedbackRow, now: datetime) -> bool:
 
 
 def _target_query(row: FeedbackRow) -> Select[tuple[InteractionRow]]:
-    query = select(InteractionRow).filter_by(tenant=row.tenant)
+    query = select(InteractionRow).filter_by(tenant=row.tenant, erased_at=None)
     if row.target_interaction_id is not None:
         return query.filter_by(id=row.target_interaction_id)
     # A trace stands for its latest interaction.

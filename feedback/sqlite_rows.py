@@ -32,6 +32,7 @@ _BY_ID = """
 SELECT json_group_array(json_array(t.tenant, t.id, t.id, t.task))
 FROM json_each(?) AS wanted CROSS JOIN interactions AS t
 ON t.tenant = json_extract(wanted.value, '$[0]') AND t.id = json_extract(wanted.value, '$[1]')
+AND t.erased_at IS NULL
 """
 _BY_TRACE = """
 SELECT json_group_array(json_array(t.tenant, t.trace_id, t.id, t.task))
@@ -74,7 +75,7 @@ class SqliteRows:
         return self._known(table, "idempotency_key", pairs)
 
     def interactions(self, ids: Sequence[Pair]) -> Mapping[Pair, About]:
-        """Those of `ids` that are there."""
+        """Those of `ids` that are there and not erased."""
         return _about(self._array(_BY_ID, ids))
 
     def latest_of_traces(self, traces: Sequence[Pair]) -> Mapping[Pair, About]:

@@ -21,6 +21,7 @@ from perennial.feedback.intake import (
     admitted,
     check_items,
     store,
+    subject_at_once,
 )
 from perennial.feedback.keys import Principal
 from perennial.feedback.limits import MAX_BATCH_BYTES, read_body
@@ -55,11 +56,14 @@ async def _checked(
     feedback: tuple[Json, ...],
     caller: Principal,
 ) -> list[Checked]:
+    subjects = (item.get("subject") for item in (*interactions, *feedback))
+    # What is no text is refused with its row.
+    admit = subject_at_once(intake, caller, (each for each in subjects if isinstance(each, str)))
     asked = [msgspec.json.encode(item) for item in interactions]
     said = [msgspec.json.encode(item) for item in feedback]
     return [
-        *await check_items(intake, INTERACTION, asked, caller, None),
-        *await check_items(intake, FEEDBACK, said, caller, None),
+        *await check_items(intake, INTERACTION, asked, caller, None, admit),
+        *await check_items(intake, FEEDBACK, said, caller, None, admit),
     ]
 
 

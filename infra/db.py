@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import DateTime, Dialect, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
-from sqlalchemy.exc import InterfaceError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -172,9 +172,10 @@ class Database:
             yield
         except PoolTimeoutError as error:
             raise UnavailableError("all connections to the database are in use") from error
-        except (OperationalError, InterfaceError) as error:
+        # Internal is what PostgreSQL calls it when a node takes no writes after a failover.
+        except (OperationalError, InterfaceError, InternalError) as error:
             raise UnavailableError(f"the database did not answer: {error.orig}") from error
-        except (driver.OperationalError, driver.InterfaceError) as error:
+        except (driver.OperationalError, driver.InterfaceError, driver.InternalError) as error:
             raise UnavailableError(f"the database did not answer: {error}") from error
 
 

@@ -81,8 +81,8 @@ class MembershipRow(Base):
     )
 
     version: Mapped[str] = mapped_column(ForeignKey("versions.name"), primary_key=True)
-    event_id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    subject: Mapped[str | None] = mapped_column(String(255))
+    event_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    subject: Mapped[str | None] = mapped_column(String(256))
 
 
 class EvaluationRow(Base):
@@ -93,8 +93,8 @@ class EvaluationRow(Base):
     round_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     suite: Mapped[str] = mapped_column(String(64), primary_key=True)
     version: Mapped[str] = mapped_column(String(80), primary_key=True)
-    row_id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    cluster: Mapped[str] = mapped_column(String(255))
+    row_id: Mapped[str] = mapped_column(String(192), primary_key=True)
+    cluster: Mapped[str] = mapped_column(String(256))
     score: Mapped[float | None]
     nll: Mapped[float | None]
     answer: Mapped[str | None] = mapped_column(Text)

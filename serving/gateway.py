@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -220,13 +220,14 @@ class Gateway:
         answer = await unless_gone(request, engine.chat(turn.call.request, turn.route.adapter))
         if answer is None:
             return _gone()
-        await self._record(turn, Delta(text=answer.text, finish=answer.finish))
+        text = wire.legible(answer.text)
+        await self._record(turn, Delta(text=text, finish=answer.finish))
         body = wire.completion_body(
             turn.id,
             turn.call.task,
             turn.route.version,
             turn.created,
-            answer.text,
+            text,
             answer.finish,
         )
         return JSONResponse(body, headers=turn.headers)
@@ -247,7 +248,8 @@ class Gateway:
             async with aclosing(
                 self._deps.engine.stream(turn.call.request, turn.route.adapter)
             ) as deltas:
-                async for delta in deltas:
+                async for told in deltas:
+                    delta = replace(told, text=wire.legible(told.text))
                     if delta.finish is not None:
                         reason = delta.finish.reason
                         await self._record(turn, delta)

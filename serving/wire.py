@@ -5,6 +5,7 @@ other unknown field is an error, so that a misspelt option is noticed. No HTTP a
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,6 +16,8 @@ from perennial.infra.errors import InputError, PerennialError
 from perennial.serving.engine import ChatMessage, ChatRequest, ChatRole, Finish
 
 _Json = dict[str, Any]  # Any: JSON
+_MAX_NAME_CHARS = 256  # of what a record calls a name
+_ILLEGIBLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +47,11 @@ def parse_chat_body(raw: bytes) -> ChatCall:
         param = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{param or 'body'}: {first['msg']}", param=param or None) from None
     return body.to_call()
+
+
+def legible(text: str) -> str:
+    """`text` with U+FFFD for what no record can hold: NUL and lone surrogates."""
+    return _ILLEGIBLE.sub("\ufffd", text)
 
 
 def completion_body(
@@ -124,7 +132,8 @@ def _without_nul(text: str) -> str:
 
 
 _Text = Annotated[str, AfterValidator(_without_nul)]
-_Name = Annotated[_Text, Field(min_length=1, max_length=256)]
+_Name = Annotated[_Text, Field(min_length=1, max_length=_MAX_NAME_CHARS)]
+_TagName = Annotated[_Text, Field(min_length=1, max_length=64)]
 _Ignored = Any  # accepted because OpenAI defines it; never read
 
 
@@ -174,7 +183,7 @@ class _Body(BaseModel):
     user: _Name | None = None
     metadata: (
         Annotated[
-            dict[Annotated[_Text, Field(max_length=64)], Annotated[_Text, Field(max_length=512)]],
+            dict[_TagName, Annotated[_Text, Field(max_length=512)]],
             Field(max_length=16),
         ]
         | None
@@ -221,7 +230,18 @@ class _Body(BaseModel):
             delivery="stream" if self.stream else "whole",
             has_usage_chunk=bool(options and options.include_usage),
             subject=self.user,
-            session=tags.pop("session", None),
-            trace_id=tags.pop("trace_id", None),
+            session=_pop_name(tags, "session"),
+            trace_id=_pop_name(tags, "trace_id"),
             tags=tags,
         )
+
+
+def _pop_name(tags: dict[str, str], key: str) -> str | None:
+    """The name under `key`, taken out of `tags`; an empty one is none."""
+    name = tags.pop(key, "")
+    if len(name) > _MAX_NAME_CHARS:
+        raise InputError(
+            f"metadata.{key} must have at most {_MAX_NAME_CHARS} characters, got {len(name)}",
+            param=f"metadata.{key}",
+        )
+    return name or None

@@ -91,6 +91,15 @@ def test_whole_answer_is_untouched_and_recorded(
     assert stored.latency_ms is not None
 
 
+def test_an_empty_session_or_trace_costs_no_record(
+    wrapped: openai.OpenAI, recorded: Callable[[], Interaction]
+) -> None:
+    wrapped.chat.completions.create(**ASKED, metadata={"session": "", "trace_id": ""})
+
+    stored = recorded()
+    assert (stored.session, stored.trace_id) == (None, None)
+
+
 def test_feedback_meets_the_recorded_answer(
     wrapped: openai.OpenAI, sender: BackgroundSender, site: Site
 ) -> None:

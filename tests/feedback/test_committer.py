@@ -23,7 +23,7 @@ class Disk:
         self.may_commit = threading.Event()
         self.may_commit.set()
         self.is_writing = threading.Event()
-        self.error: UnavailableError | None = None
+        self.error: Exception | None = None
 
     def write(self, submissions: Sequence[Submission]) -> tuple[Outcome, ...]:
         self.is_writing.set()
@@ -142,6 +142,20 @@ def test_failed_commit_fails_its_group_and_the_next_goes_on(
     assert committer.submit([submission("a")])
 
 
+def test_bug_in_a_write_fails_its_group_is_logged_whole_and_the_next_goes_on(
+    disk: Disk, submission: Callable[..., Submission], caplog: pytest.LogCaptureFixture
+) -> None:
+    committer = _committer(disk)
+    disk.error = KeyError("a bug")
+
+    with pytest.raises(UnavailableError, match="the log says why"):
+        committer.submit([submission("a")])
+    disk.error = None
+
+    assert "KeyError: 'a bug'" in caplog.text
+    assert committer.submit([submission("a")])
+
+
 def test_nothing_is_answered_at_once(disk: Disk) -> None:
     committer = _committer(disk)
     assert committer.submit([]) == ()
@@ -188,7 +202,7 @@ def test_writer_that_dies_of_a_bug_leaves_nobody_waiting(
     submission: Callable[..., Submission],
 ) -> None:
     def broken(_: Sequence[Submission]) -> tuple[Outcome, ...]:
-        raise KeyError("a bug")
+        return ()  # fewer outcomes than rows
 
     committer = GroupCommitter(broken)
     seen: list[threading.ExceptHookArgs] = []
@@ -200,7 +214,7 @@ def test_writer_that_dies_of_a_bug_leaves_nobody_waiting(
     finally:
         threading.excepthook = before
 
-    assert [hook.exc_type for hook in seen] == [KeyError]
+    assert [hook.exc_type for hook in seen] == [ValueError]
     assert not committer.is_running
 
 

@@ -92,6 +92,19 @@ def test_pending_feedback_that_was_erased_is_never_joined(
     assert store.feedback_between("support", LONG_AGO, FAR_AHEAD) == ()
 
 
+def test_feedback_on_an_erased_answer_waits_for_ever(
+    store: SqlFeedbackStore,
+    make_feedback: Callable[..., Feedback],
+    erased: tuple[Interaction, Feedback],
+) -> None:
+    late = make_feedback(target=Target(interaction_id=erased[0].id))
+
+    assert put(store, late).status == "pending"
+    assert store.join_pending() == 0
+    (found,) = store.list_feedback("acme", 0, 10).items
+    assert (found.id, found.task, found.status) == (late.id, None, "pending")
+
+
 def test_another_tenants_subject_of_that_name_stays(
     store: SqlFeedbackStore, make_interaction: Callable[..., Interaction]
 ) -> None:

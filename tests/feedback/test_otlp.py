@@ -4,6 +4,7 @@ import gzip
 import inspect
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -20,7 +21,9 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.schemas import Schemas
+from starlette.testclient import TestClient
 
+from perennial.feedback.admission import Admission, Rate, TokenBuckets
 from perennial.feedback.bodies import FeedbackItemBody, InteractionItemBody
 from perennial.feedback.formats import otlp
 from perennial.feedback.formats.otlp import (
@@ -32,6 +35,7 @@ from perennial.feedback.formats.otlp import (
     traces_to_items,
 )
 from perennial.feedback.records import Comment, Feedback, Interaction, Label, Message, Score
+from perennial.infra.db import Database
 from perennial.infra.errors import InputError, MalformedError, TooLargeError
 from tests.feedback.conftest import START
 
@@ -399,3 +403,57 @@ def test_gzip_is_unpacked_up_to_a_limit() -> None:
         gunzip(b"plain", 100)
     with pytest.raises(MalformedError, match="too early"):
         gunzip(gzip.compress(b"x" * 1_000)[:-9], 1_000)
+
+
+class Bursts:
+    """The app where each subject may send two rows at once, then one a second."""
+
+    def __init__(self, make_client: Callable[..., TestClient], database: Database) -> None:
+        self.now = 0.0
+        admission = Admission(
+            keys=TokenBuckets(Rate(per_s=0, burst=0)),
+            subjects=TokenBuckets(Rate(per_s=1, burst=2), lambda: self.now),
+            disk=None,
+        )
+        self.client = make_client(database, admission=admission)
+
+    def export(self, *subjects: str) -> int:
+        """The status of a trace with one answer to each of `subjects`."""
+        spans = [
+            span(
+                {**CHAT, "gen_ai.response.id": f"answer-{i}", "user.id": subject},
+                span_id=i.to_bytes(8, "big"),
+            )
+            for i, subject in enumerate(subjects, start=1)
+        ]
+        content = request(*spans).SerializeToString()
+        headers = {"content-type": PROTOBUF}
+        return self.client.post("/v1/traces", content=content, headers=headers).status_code
+
+    def stored(self) -> list[str]:
+        items = self.client.get("/v1/interactions").json()["items"]
+        return [item["subject"] for item in items]
+
+
+@pytest.fixture
+def bursts(make_client: Callable[..., TestClient], sqlite_database: Database) -> Bursts:
+    return Bursts(make_client, sqlite_database)
+
+
+def test_an_export_with_more_rows_of_a_subject_than_the_burst_is_taken_whole(
+    bursts: Bursts,
+) -> None:
+    assert bursts.export(*["ada"] * 5) == 200
+    assert bursts.stored() == ["ada"] * 5
+
+
+def test_a_subject_whose_bucket_is_not_full_enough_delays_its_own_rows_alone(
+    bursts: Bursts,
+) -> None:
+    bursts.export("ada")
+
+    assert bursts.export("ada", "ada", "bob") == 429
+    assert bursts.stored() == ["ada", "bob"]
+    bursts.now += 2
+    assert bursts.export("ada", "ada", "bob") == 200
+    assert sorted(bursts.stored()) == ["ada", "ada", "bob"]

@@ -389,6 +389,21 @@ def test_unreachable_database_is_unavailable(make_feedback: MakeFeedback) -> Non
         put(store, make_feedback())
 
 
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_node_that_takes_no_writes_is_unavailable(
+    database: Database, make_feedback: MakeFeedback
+) -> None:
+    url = database.engine.url.update_query_dict({"options": "-c default_transaction_read_only=on"})
+    standby = Database(url.render_as_string(hide_password=False))
+    store = SqlFeedbackStore(standby, utc_now)
+
+    with pytest.raises(UnavailableError, match="read-only transaction"):
+        put(store, make_feedback())
+    with pytest.raises(UnavailableError, match="read-only transaction"):
+        store.erase_subject("acme", "ada")
+    standby.dispose()
+
+
 def test_binary_is_stored_as_its_own_kind(
     store: SqlFeedbackStore, database: Database, make_feedback: MakeFeedback
 ) -> None:

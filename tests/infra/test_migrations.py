@@ -12,6 +12,8 @@ from sqlalchemy import inspect, text
 import perennial.feedback.tables
 import perennial.monitoring.tables
 import perennial.registry.tables  # noqa: F401
+from perennial.feedback.sql_store import SqlFeedbackStore
+from perennial.infra.clock import utc_now
 from perennial.infra.db import Base, Database
 from perennial.infra.migrate import FOLDER, is_current, upgrade
 
@@ -65,3 +67,32 @@ def test_upgrading_twice_changes_nothing(url: str, database: Database) -> None:
     upgrade(url)
 
     assert inspect(database.engine).get_table_names() == before
+
+
+def test_feedback_joined_with_an_erased_answer_is_pending_again(
+    url: str, database: Database
+) -> None:
+    upgrade(url, "0002")
+    with database.write() as session:
+        session.execute(
+            text(
+                "INSERT INTO interactions (tenant, id, task, messages, completion, model_version,"
+                " route_role, received_at, tags, erased_at) VALUES ('acme', 'i', '', '[]', '',"
+                " 'base', 'champion', '2026-01-01', '{}', '2026-01-02')"
+            )
+        )
+        session.execute(
+            text(
+                "INSERT INTO feedback (tenant, id, task, target_interaction_id, target_messages,"
+                " kind, signal, source_kind, may_train, status, interaction_id, received_at,"
+                " joined_at, tags) VALUES ('acme', 'f', '', 'i', '[]', 'binary',"
+                " '{\"value\": true}', 'end_user', true, 'joined', 'i', '2026-01-03',"
+                " '2026-01-03', '{}')"
+            )
+        )
+
+    upgrade(url)
+
+    found = SqlFeedbackStore(database, utc_now).get_feedback("acme", "f")
+    assert (found.task, found.status) == (None, "pending")
+    assert (found.interaction_id, found.joined_at) == (None, None)

@@ -4,7 +4,7 @@ import pytest
 
 from perennial.infra.errors import InputError
 from perennial.serving.engine import ChatMessage
-from perennial.serving.wire import parse_chat_body
+from perennial.serving.wire import legible, parse_chat_body
 
 BODY = {"model": "support", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -25,6 +25,23 @@ def test_user_and_metadata_become_subject_session_and_tags():
     call = _parse(user="u1", metadata={"session": "s1", "trace_id": "t1", "screen": "help"})
     assert (call.subject, call.session, call.trace_id) == ("u1", "s1", "t1")
     assert call.tags == {"screen": "help"}
+
+
+def test_an_empty_session_or_trace_is_none():
+    call = _parse(metadata={"session": "", "trace_id": ""})
+    assert (call.session, call.trace_id, call.tags) == (None, None, {})
+
+
+@pytest.mark.parametrize("key", ["session", "trace_id"])
+def test_a_session_or_trace_is_refused_where_a_record_would_be(key):
+    assert _parse(metadata={key: "x" * 256}).tags == {}
+    with pytest.raises(InputError, match="at most 256 characters, got 257") as caught:
+        _parse(metadata={key: "x" * 257})
+    assert caught.value.fields["param"] == f"metadata.{key}"
+
+
+def test_what_no_record_can_hold_is_legible():
+    assert legible("a\x00b\ud800c\U0001f600") == "a\ufffdb\ufffdc\U0001f600"
 
 
 def test_text_parts_are_joined_and_developer_is_system():
@@ -70,6 +87,7 @@ def test_openai_fields_that_do_not_apply_are_ignored():
         {"user": ""},
         {"user": "\x00"},
         {"metadata": {"a": 1}},
+        {"metadata": {"": "x"}},
         {"metadata": {str(i): "x" for i in range(10_000)}},
         {"temprature": 0.5},
     ],

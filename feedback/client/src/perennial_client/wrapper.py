@@ -157,8 +157,8 @@ def _request_fields(request: Json, task: str | None) -> Json:
         "model_version": request["model"],
         "messages": [_message(message) for message in request["messages"]],
         "subject": request.get("user") or None,
-        "session": tags.pop("session", None),
-        "trace_id": tags.pop("trace_id", None),
+        "session": tags.pop("session", None) or None,
+        "trace_id": tags.pop("trace_id", None) or None,
         "tags": tags,
         "occurred_at": datetime.now(timezone.utc),
     }
