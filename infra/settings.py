@@ -46,6 +46,11 @@ class ApiSettings(_Section):
         256, ge=0, description="Free disk under which writes are refused, where SQLite lives."
     )
 
+    @property
+    def host_in_urls(self) -> str:
+        """`host` as a URL and a Host header spell it: `[::1]`."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
 
 class RedactionSettings(_Section):
     """What is taken out of texts before they are written."""
@@ -211,7 +216,7 @@ class Settings(_Section):
     @property
     def api_url(self) -> str:
         """Where the gateway and the feedback API answer."""
-        return f"http://{self.api.host}:{self.api.port}"
+        return f"http://{self.api.host_in_urls}:{self.api.port}"
 
 
 def load_settings(env: Mapping[str, str], file: Path | None = None) -> Settings:

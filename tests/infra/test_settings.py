@@ -65,6 +65,18 @@ def test_child_sees_exactly_the_settings_of_its_parent() -> None:
     assert again == settings
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8790"),
+        ("localhost", "http://localhost:8790"),
+        ("::1", "http://[::1]:8790"),
+    ],
+)
+def test_an_address_stands_in_urls_as_they_spell_it(host: str, url: str) -> None:
+    assert load_settings({"PERENNIAL_API__HOST": host}).api_url == url
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings().task = "other"
