@@ -200,6 +200,13 @@ class SqlFeedbackStore:
         with self._database.read() as session:
             return frozenset(session.scalars(query))
 
+    def last_erased_at(self) -> datetime | None:
+        """When a row of any tenant was last emptied."""
+        columns = (InteractionRow.erased_at, FeedbackRow.erased_at)
+        with self._database.read() as session:
+            found = [session.scalar(select(func.max(column))) for column in columns]
+        return max((at for at in found if at is not None), default=None)
+
     def ping(self) -> None:
         """Raises UnavailableError when the tables cannot be read."""
         with self._database.read() as session:

@@ -129,5 +129,8 @@ class FeedbackStore(Protocol):
     def erased_feedback(self) -> frozenset[str]:
         """Ids of the feedback that was emptied, of all tenants."""
 
+    def last_erased_at(self) -> datetime | None:
+        """When a row of any tenant was last emptied; on the clock of `horizon`."""
+
     def ping(self) -> None:
         """Raises UnavailableError when the store cannot be reached."""

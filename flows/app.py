@@ -146,12 +146,16 @@ def compose(settings: Settings, database: Database, engine: OwnEngine) -> FastAP
             metrics=metrics,
             task=settings.task,
             # A web page must not reach an open API by giving our address to a name of its own.
-            allowed_hosts=() if settings.api.auth == "keys" else (*_LOCAL_NAMES, settings.api.host),
+            allowed_hosts=_hosts(settings.api),
             lifespan=lifespan,
         )
     )
     app.router.routes.extend(gateway.routes())
     return app
+
+
+def _hosts(api: ApiSettings) -> tuple[str, ...]:
+    return () if api.auth == "keys" else (*_LOCAL_NAMES, api.host_in_urls)
 
 
 def _admission(api: ApiSettings, database: Database) -> Admission:

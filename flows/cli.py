@@ -12,7 +12,12 @@ import click
 from perennial.infra.clock import new_id
 from perennial.infra.errors import PerennialError
 from perennial.infra.log import configure_logging
-from perennial.infra.settings import Settings, apply_process_defaults, load_process_settings
+from perennial.infra.settings import (
+    Settings,
+    apply_process_defaults,
+    export_settings,
+    load_process_settings,
+)
 from perennial.registry.server import client_environment
 
 NICENESS = 5  # of the worker: serving and ingestion go first where they share the cores
@@ -51,6 +56,7 @@ def _with_settings(run: Callable[..., None]) -> Callable[..., None]:
     def wrapped(ctx: click.Context, /, **options: object) -> None:
         settings = load_process_settings(ctx.obj)
         configure_logging(settings.log_level)
+        export_settings(settings)
         apply_process_defaults(settings, client_environment())
         run(settings, **options)
 

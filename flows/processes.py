@@ -8,7 +8,7 @@ import contextlib
 import logging
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -90,21 +90,34 @@ def _follow(
     child: subprocess.Popen[str], timeout_s: float, on_line: Callable[[str], None]
 ) -> list[str]:
     lines: list[str] = []
-    deadline = time.monotonic() + timeout_s
+    is_late = threading.Event()
+
+    def stop_late() -> None:
+        is_late.set()
+        _stop(child)
+
+    # A child that hangs prints nothing, so the loop below never comes to look at a clock.
+    watch = threading.Timer(timeout_s, stop_late)
     assert child.stdout is not None  # it is a pipe
+    watch.start()
     try:
         for line in child.stdout:
             lines.append(line.rstrip())
             on_line(line.rstrip())
-            if time.monotonic() > deadline:
-                raise TrainingError(f"stopped after {timeout_s:.0f} s (training.timeout_s)")
         child.wait()
     finally:
-        if child.poll() is None:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(_STOP_S)
-            child.kill()
-            child.wait()
+        watch.cancel()
+        _stop(child)
         child.stdout.close()
+    if is_late.is_set() and child.returncode:
+        raise TrainingError(f"stopped after {timeout_s:.0f} s (training.timeout_s)")
     return lines
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    if child.poll() is None:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_STOP_S)
+        child.kill()
+        child.wait()

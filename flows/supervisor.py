@@ -140,16 +140,27 @@ class Supervisor:
         code = None if child is None else child.poll()
         if code is None:
             return
-        now = time.monotonic()
         due = self._restart_at.get(service.name)
         if due is None:
-            failures = self._failures[service.name] = self._failures.get(service.name, 0) + 1
-            pause = min(0.5 * 2 ** (failures - 1), _MAX_BACKOFF_S)
-            self._restart_at[service.name] = now + pause
-            log.warning("service died name=%s code=%d restart_s=%.1f", service.name, code, pause)
-        elif now >= due:
-            del self._restart_at[service.name]
+            log.warning("service died name=%s code=%d", service.name, code)
+            self._put_off(service)
+        elif time.monotonic() >= due:
+            self._restart(service)
+
+    def _restart(self, service: Service) -> None:
+        try:
             self._launch(service)
+        except OSError as error:  # on a full disk neither logs nor pids can be written
+            log.warning("service not started name=%s error=%s", service.name, error)
+            self._put_off(service)
+        else:
+            del self._restart_at[service.name]
+
+    def _put_off(self, service: Service) -> None:
+        failures = self._failures[service.name] = self._failures.get(service.name, 0) + 1
+        pause = min(0.5 * 2 ** min(failures - 1, 10), _MAX_BACKOFF_S)  # a float holds no 2 ** 1024
+        self._restart_at[service.name] = time.monotonic() + pause
+        log.warning("service waits name=%s restart_s=%.1f", service.name, pause)
 
 
 def _stop_tree(pid: int) -> None:

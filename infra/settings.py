@@ -46,6 +46,11 @@ class ApiSettings(_Section):
         256, ge=0, description="Free disk under which writes are refused, where SQLite lives."
     )
 
+    @property
+    def host_in_urls(self) -> str:
+        """`host` as a URL and a Host header spell it: `[::1]`."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
 
 class RedactionSettings(_Section):
     """What is taken out of texts before they are written."""
@@ -140,6 +145,11 @@ class TrainingSettings(_Section):
     replay_rows: int = Field(2000, ge=0, description="Rows of past rounds that are kept.")
     timeout_s: int = Field(7200, ge=60, description="Seconds after which a training is stopped.")
 
+    @field_validator("general_file", "probe_file", mode="before")
+    @classmethod
+    def _none_if_empty(cls, file: object) -> object:
+        return None if file == "" else file
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.general_drafts and self.general_file:
@@ -211,7 +221,7 @@ class Settings(_Section):
     @property
     def api_url(self) -> str:
         """Where the gateway and the feedback API answer."""
-        return f"http://{self.api.host}:{self.api.port}"
+        return f"http://{self.api.host_in_urls}:{self.api.port}"
 
 
 def load_settings(env: Mapping[str, str], file: Path | None = None) -> Settings:
@@ -244,9 +254,17 @@ def child_environment(settings: Settings, extra: Mapping[str, str]) -> dict[str,
     Telemetry of the libraries is off, and nothing is fetched from a model hub behind our back.
     """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
-    ours = dict(_as_variables(settings.model_dump(mode="json", exclude_none=True), PREFIX))
     quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    return {**inherited, **quiet, "PREFECT_API_URL": settings.prefect_url, **ours, **extra}
+    api = {"PREFECT_API_URL": settings.prefect_url}
+    return {**inherited, **quiet, **api, **_variables(settings), **extra}
+
+
+def export_settings(settings: Settings) -> None:
+    """Let `load_process_settings` find exactly these here, and in processes that this one starts.
+
+    Flows are called by Prefect, which hands them no settings.
+    """
+    os.environ.update(_variables(settings))
 
 
 def apply_process_defaults(settings: Settings, extra: Mapping[str, str]) -> None:
@@ -320,6 +338,11 @@ def _siblings(section: str) -> list[str]:
     return sorted({name.split(".")[0] for name in names})
 
 
+def _variables(settings: Settings) -> dict[str, str]:
+    # Every key, unset ones as "": a child reads ./perennial.toml for what no variable says.
+    return dict(_as_variables(settings.model_dump(mode="json"), PREFIX))
+
+
 def _as_variables(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         name = f"{prefix}{key.upper()}"
@@ -328,7 +351,11 @@ def _as_variables(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str,
         elif isinstance(value, Mapping):
             yield from _as_variables(value, f"{name}__")
         else:
-            yield name, _toml(value) if isinstance(value, list) else str(value)
+            yield name, _toml(value) if isinstance(value, list) else _plain(value)
+
+
+def _plain(value: str | float | None) -> str:
+    return "" if value is None else str(value)
 
 
 def _toml(value: str | int | float | bool | list[str]) -> str:

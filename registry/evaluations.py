@@ -4,7 +4,7 @@ A round scores candidate and champion on the same rows; each (round, suite, mode
 here. Scoring is left to training, the verdict to `gate`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -34,7 +34,7 @@ class Evaluation:
 
 
 class EvaluationStore:
-    """Adds and reads evaluations."""
+    """Adds and reads evaluations, and empties their answers."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
@@ -69,6 +69,19 @@ class EvaluationStore:
         with self._database.read() as session:
             found = session.scalars(select(EvaluationRow).filter_by(**filters).order_by(*order))
             return tuple(_to_value(row) for row in found)
+
+    def erase_answers(self, round_id: str, *, but: Set[str]) -> int:
+        """How many answers of a round were emptied: of all rows but those with the ids `but`.
+
+        Scores stay, and with them the figures.
+        """
+        with self._database.write() as session:
+            told = select(EvaluationRow).filter_by(round_id=round_id)
+            rows = session.scalars(told.where(EvaluationRow.answer.is_not(None)))
+            gone = [row for row in rows if row.row_id not in but]
+            for row in gone:
+                row.answer = None
+            return len(gone)
 
 
 def _to_row(item: Evaluation, clock: Clock) -> EvaluationRow:

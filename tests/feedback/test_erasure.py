@@ -129,3 +129,17 @@ def test_the_store_names_the_feedback_that_was_erased(
     found = store.erased_feedback()
     assert erased[1].id in found
     assert len(found) == 2
+
+
+def test_the_store_knows_when_a_row_was_last_erased(
+    store: SqlFeedbackStore, make_interaction: Callable[..., Interaction]
+) -> None:
+    put(store, make_interaction(subject="eve"))
+    assert store.last_erased_at() is None
+
+    before = store.horizon()
+    store.erase_subject("acme", "eve")
+
+    found = store.last_erased_at()
+    assert found is not None
+    assert before < found < store.horizon()

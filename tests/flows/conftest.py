@@ -1,6 +1,7 @@
 """One real Prefect server and the tiny model for all tests of the loop."""
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from perennial.flows.services import services
-from perennial.infra.settings import Settings, load_settings
+from perennial.infra.settings import PREFIX, Settings, load_settings
 from tests.flows import loop
 
 
@@ -57,6 +58,16 @@ class Server:
             self.process.wait()
 
 
+@pytest.fixture(autouse=True)
+def _settings_of_one_test() -> Iterator[None]:
+    """A command exports its settings: the next test starts without them."""
+    before = _ours()
+    yield
+    for name in _ours():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(name="prefect", home=tmp_path_factory.mktemp("prefect"))
@@ -82,3 +93,7 @@ def _answers(url: str) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         return httpx.get(url, timeout=2, trust_env=False).is_success
     return False
+
+
+def _ours() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}

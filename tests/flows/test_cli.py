@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from perennial.flows.cli import main
 from perennial.flows.doctor import Level, examine
+from perennial.flows.wiring import connect
 from perennial.infra.settings import Settings, load_settings
 
 
@@ -50,6 +51,15 @@ def test_unknown_setting_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert code == 2
     assert "unknown setting 'api.prot'" in output
     assert "Traceback" not in output
+
+
+def test_flows_of_a_command_see_the_file_that_it_was_given(tmp_path: Path) -> None:
+    file = tmp_path / "ours.toml"
+    file.write_text(f"home = '{tmp_path / 'home'}'\ntask = 'support'\n[check]\nmin_rows = 17\n")
+    CliRunner().invoke(main, ["--config", str(file), "status"])
+
+    with connect() as deps:
+        assert deps.settings == load_settings({}, file)
 
 
 def test_doctor_says_how_to_mend_every_finding(settings: Settings) -> None:

@@ -1,6 +1,7 @@
 """What the training process says comes back as the error that it means."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from perennial.infra.errors import (
     DivergedError,
     ModelMissingError,
     OutOfMemoryError,
+    TrainingError,
     UnavailableError,
 )
 from perennial.infra.settings import Settings, load_settings
@@ -55,6 +57,17 @@ def test_what_a_setting_did_and_what_the_machine_refused_are_told_apart(
         with pytest.raises(kind) as caught:
             run_training_process("train", job, job.parent / "out", settings, on_line=print)
         assert type(caught.value) is kind
+
+
+@pytest.mark.timeout(60)
+def test_a_child_that_prints_nothing_is_stopped_in_time(tmp_path: Path, settings: Settings) -> None:
+    job = tmp_path / "job.json"
+    os.mkfifo(job)  # nobody writes into it: whoever reads it hangs
+    brief = settings.training.model_copy(update={"timeout_s": 1})
+    limited = settings.model_copy(update={"training": brief})
+
+    with pytest.raises(TrainingError, match=r"stopped after 1 s \(training\.timeout_s\)"):
+        run_training_process("train", job, tmp_path / "out", limited, on_line=lambda _: None)
 
 
 def grow(model: Path) -> None:

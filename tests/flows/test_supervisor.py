@@ -73,6 +73,25 @@ def test_killed_child_is_restarted(supervisor: Supervisor, port: int) -> None:
     _wait(lambda: supervisor.pid("web") != first and _answers(port))
 
 
+@pytest.mark.parametrize("folder", ["logs", "run"])
+def test_child_is_restarted_once_the_disk_takes_files_again(
+    supervisor: Supervisor, port: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, folder: str
+) -> None:
+    supervisor.start()
+    taken = (tmp_path / folder).rename(tmp_path / "away")
+    (tmp_path / folder).touch()  # a file in its place: nothing can be written there
+    os.kill(supervisor.pid("web"), signal.SIGKILL)
+    _wait(lambda: "service not started name=web" in caplog.text)
+
+    (tmp_path / folder).unlink()
+    taken.rename(tmp_path / folder)
+    last = supervisor.pid("web")
+    with contextlib.suppress(ProcessLookupError):  # it runs where only its pid was not written
+        os.kill(last, signal.SIGKILL)
+
+    _wait(lambda: supervisor.pid("web") != last and _answers(port))
+
+
 def test_stop_leaves_no_process(supervisor: Supervisor) -> None:
     supervisor.start()
     pid = supervisor.pid("web")

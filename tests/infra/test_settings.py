@@ -65,6 +65,30 @@ def test_child_sees_exactly_the_settings_of_its_parent() -> None:
     assert again == settings
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8790"),
+        ("localhost", "http://localhost:8790"),
+        ("::1", "http://[::1]:8790"),
+    ],
+)
+def test_an_address_stands_in_urls_as_they_spell_it(host: str, url: str) -> None:
+    assert load_settings({"PERENNIAL_API__HOST": host}).api_url == url
+
+
+def test_what_is_not_set_is_not_read_from_the_folder_that_a_child_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = "[training]\ngeneral_file = 'a.jsonl'\nprobe_file = 'b.jsonl'\n"
+    (tmp_path / "perennial.toml").write_text(other)
+    (tmp_path / "ours.toml").touch()
+    settings = load_settings({}, tmp_path / "ours.toml")
+
+    assert load_settings(child_environment(settings, {})) == settings
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings().task = "other"
