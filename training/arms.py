@@ -21,7 +21,9 @@ from perennial.training.replay import ReplayStore
 from perennial.training.stream import Task
 
 _EVERY_LAYER = 10_000  # more than any model has
-_PLAIN: Mapping[str, Any] = {"recipe": "replay", "mastered": 0.0}  # Any: fields of TrainConfig
+# Any: fields of TrainConfig
+_PLAIN: Mapping[str, Any] = {"recipe": "replay", "mastered": 0.0, "kl_budget": 0.0}
+_ALONE: Mapping[str, Any] = {"recipe": "sft", "kl_budget": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +40,18 @@ class Arm:
 
 ARMS: Mapping[str, Arm] = {
     "base": Arm(says="the base model, never trained", rounds="none"),
-    "naive": Arm(says="goes on with the same adapter", has_replay=False, has_general=False),
+    "naive": Arm(
+        says="goes on with the same adapter",
+        has_replay=False,
+        has_general=False,
+        overrides=_ALONE,
+    ),
     "naive-same-tokens": Arm(
         says="naive, as many tokens as the full recipe",
         has_replay=False,
         has_general=False,
         tokens="as-full",
+        overrides=_ALONE,
     ),
     "replay": Arm(says="plain replay of past rounds", has_general=False, overrides=_PLAIN),
     "replay-same-tokens": Arm(
@@ -74,12 +82,16 @@ ARMS: Mapping[str, Arm] = {
         says="full, old and new adapter blended as dev rows like it", overrides={"start": "blend"}
     ),
     "joint": Arm(
-        says="all tasks at once: the upper bound", rounds="all-at-once", has_general=False
+        says="all tasks at once: the upper bound",
+        rounds="all-at-once",
+        has_general=False,
+        overrides=_ALONE,
     ),
     "single": Arm(
         says="each task alone from the base: how much can be learned",
         rounds="each-alone",
         has_general=False,
+        overrides=_ALONE,
     ),
 }  # fmt: skip
 
@@ -178,9 +190,10 @@ def _step(
     past: tuple[Example, ...] = (),
     parent: Step | None = None,
 ) -> Step:
-    config = _config(shared, arm, seed, has_past=bool(past))
     replay = past if arm.has_replay else ()
     general = shared.general if arm.has_general else ()
+    config = _config(shared, arm, seed, has_past=bool(past))
+    config = _read(config, has_replay=bool(replay), has_general=bool(general))
     known = None if config.start == "base" else parent
     dev: tuple[Example, ...] = ()
     if known and config.start == "blend":
@@ -212,6 +225,14 @@ def _config(shared: Shared, arm: Arm, seed: int, *, has_past: bool) -> TrainConf
         own, has_replay=has_past and arm.has_replay, has_general=has_general and arm.has_general
     )
     return configs.from_json(own.to_json() | {"epochs": round(full.epochs * ours / theirs)})
+
+
+def _read(config: TrainConfig, *, has_replay: bool, has_general: bool) -> TrainConfig:
+    """The config without what no row asks for, so that steps that differ only there are one."""
+    unread = {} if has_replay else dict.fromkeys(("replay_share", "mastered"), 0.0)
+    if not has_general:
+        unread |= dict.fromkeys(("general_share", "kl_weight", "general_blend"), 0.0)
+    return configs.from_json(config.to_json() | unread)
 
 
 def _new_share(config: TrainConfig, *, has_replay: bool, has_general: bool) -> float:

@@ -181,6 +181,15 @@ def test_a_changed_recipe_or_row_makes_other_steps(rounds: Course) -> None:
     assert keys(plan("full", rounds, 0, shared())) != keys(plan("full", rounds, 0, shared(lr=1e-4)))
 
 
+@pytest.mark.parametrize("name", ["naive", "joint", "single"])
+def test_what_no_row_asks_for_makes_no_other_steps(name: str, rounds: Course) -> None:
+    other = shared(replay_share=0.4, mastered=0.1, general_share=0.3, kl_weight=1.0)
+
+    assert keys(plan(name, rounds, 0, shared())) == keys(plan(name, rounds, 0, other))
+    full, changed = plan("full", rounds, 0, shared()), plan("full", rounds, 0, other)
+    assert not {*keys(full)} & {*keys(changed)}
+
+
 def test_equal_tokens_are_bought_with_epochs(rounds: Course) -> None:
     mixed = shared(epochs=9, replay_share=0.35, general_share=0.2)
 
@@ -214,7 +223,7 @@ def test_equal_tokens_are_those_that_the_recipe_draws(
 
 @pytest.mark.parametrize("name", sorted(ARMS))
 def test_every_arm_has_a_plan_for_every_task(name: str, rounds: Course) -> None:
-    steps = plan(name, rounds, 0, shared())
+    steps = plan(name, rounds, 0, shared(kl_budget=0.5))
 
     assert {task for step in steps for task in step.examined} == {t.name for t in rounds.tasks}
     assert all((step.config is None) == (name == "base") for step in steps)
