@@ -75,8 +75,8 @@ def save(
         artifacts.publish(target, write)
     except OSError as error:
         raise UnavailableError(
-            f"cannot write checkpoint {target}: {error}; once there is space, start again: the run "
-            "goes on from the checkpoint before",
+            f"no checkpoint of step {cursor.step}: {error}; once there is space, start again: the "
+            "run goes on from the checkpoint before",
             step=cursor.step,
         ) from error
     for old in folder.iterdir():

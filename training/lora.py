@@ -16,12 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from perennial.infra.errors import (
-    IntegrityError,
-    ModelMissingError,
-    TrainingError,
-    UnavailableError,
-)
+from perennial.infra.errors import IntegrityError, ModelMissingError, TrainingError
 from perennial.training.config import TARGET_MODULES, TrainConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -64,7 +59,7 @@ def save(model: Any, folder: Path, *, shrink: float = 1.0) -> None:  # Any: peft
     """Write weights and config into `folder`, ΔW multiplied by `shrink`.
 
     Raises:
-        UnavailableError: the weights cannot be written.
+        OSError: the weights cannot be written.
     """
     scaled = {name: _scaled(name, weight, shrink) for name, weight in state(model).items()}
     write_tensors(folder / WEIGHTS, scaled)
@@ -77,14 +72,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file.
 
     Raises:
-        UnavailableError: it cannot be written, the disk is full say.
+        OSError: it cannot be written, the disk is full say.
     """
     try:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UnavailableError(
-            f"cannot write {path}: {error}; free disk space and run it again"
-        ) from error
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
