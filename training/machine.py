@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 import psutil
 import torch
+from torch.utils import deterministic
 
 from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import ConfigError, OutOfMemoryError
@@ -122,9 +123,19 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def peak_gpu_mb() -> float:
-    """Most GPU memory that this process's tensors have held, in MB; 0 without a GPU."""
-    return torch.cuda.max_memory_allocated() / 1e6
+def peaks_mb() -> dict[str, float]:
+    """Most memory that this process held, and its tensors on a GPU, in MB; 0 without a GPU."""
+    return {"peak_rss_mb": peak_rss_mb(), "peak_gpu_mb": torch.cuda.max_memory_allocated() / 1e6}
+
+
+def be_deterministic() -> None:
+    """Have torch refuse what gives other numbers the next time, for the rest of this process."""
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS is refused while it may choose
+    torch.use_deterministic_algorithms(True)
+    # It would fill every new tensor, 3% of a round; nothing reads memory before it is written.
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
 
 
 def yield_cores() -> None:

@@ -20,9 +20,9 @@ from perennial.infra.errors import (
 from perennial.training import checkpoint, lora
 from perennial.training.evaluate import reference_nlls
 from perennial.training.examples import Judgement, Label, Pair, write_examples
+from perennial.training.fit import run_training
 from perennial.training.job import read_train_job
 from perennial.training.modelfiles import load_model, load_tokenizer
-from perennial.training.run import run_training
 from perennial.training.tokens import encode_answer
 from tests.training.builders import example, write_job
 
