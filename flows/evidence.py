@@ -181,7 +181,7 @@ def _attempt(deps: Deps, round_: Round) -> int:
     """
     rounds = [r for r in deps.ledger.list_rounds(round_.task) if r.number < round_.number]
     attempt = 1
-    for earlier in sorted(rounds, key=lambda r: r.number, reverse=True):
+    for earlier in rounds:  # newest first
         if earlier.state is not RoundState.REJECTED:
             break
         if "register" in deps.ledger.steps(earlier.id):
