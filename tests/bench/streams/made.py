@@ -251,36 +251,86 @@ def _ticket(said: str, source: random.Random) -> Row:
 # codes
 
 _QUEUE = "Give the queue code of the message."
-_OPENERS = ("", "Hello, ", "Quick question: ", "Hi there. ")
+# Of each topic: eight wordings that are taught, and four that are asked.
 _TOPICS = (
-    ("my card was charged twice", "I paid two times", "there are two payments for one thing"),
-    ("I forgot my password", "I cannot log in any more", "the site does not accept my password"),
-    ("where is my parcel?", "my package has not come yet", "the delivery is late"),
-    ("please delete my account", "I want to leave you for good", "remove all my personal details"),
-    ("the app closes by itself", "your app crashes all the time", "the app stops when I open it"),
-    ("can I get an invoice?", "send me the bill as a file", "I need a receipt for the tax office"),
-    ("is this jacket in stock?", "do you still have it in blue?", "when can I buy it again?"),
-    ("how do I change my address?", "I am moving house", "my street in the profile is wrong"),
-)
+    (
+        ("my card was charged twice", "I paid two times", "you took the money a second time",
+         "there is a double charge on my statement", "the same amount left my account twice",
+         "I see two identical payments", "why was I billed twice?",
+         "one order, but I was charged for two"),
+        ("there are two payments for one thing", "my bank shows the charge two times",
+         "you charged me double", "I was made to pay twice for the same order"),
+    ),
+    (
+        ("I forgot my password", "I cannot log in any more", "how do I reset my password?",
+         "the login says that my password is wrong", "I need a new password",
+         "my account is locked after too many tries", "signing in does not work",
+         "I lost the password to my account"),
+        ("the site does not accept my password", "I no longer know my password",
+         "I am unable to sign in", "please let me set another password"),
+    ),
+    (
+        ("where is my parcel?", "my package has not come yet", "when will my order arrive?",
+         "the tracking has not moved for days", "I am still waiting for my delivery",
+         "nothing was delivered so far", "has my order been shipped?",
+         "the courier never showed up with my box"),
+        ("the delivery is late", "my parcel should have been here last week",
+         "I have been waiting for my package", "can you tell me where my delivery is?"),
+    ),
+    (
+        ("please delete my account", "I want to leave you for good", "close my profile",
+         "erase everything you know about me", "how do I cancel my membership?",
+         "I no longer want an account here", "take my data off your servers",
+         "unsubscribe me and delete my profile"),
+        ("remove all my personal details", "I would like my account to be closed",
+         "cancel my account, please", "delete whatever you have stored about me"),
+    ),
+    (
+        ("the app closes by itself", "your app crashes all the time", "the app freezes on my phone",
+         "since the update the app will not start", "the program shuts down without a word",
+         "I get an error when the app loads", "the screen of the app stays black",
+         "the app hangs and then quits"),
+        ("the app stops when I open it", "your program keeps crashing",
+         "the app does not start any more", "it crashes whenever I tap the icon of the app"),
+    ),
+    (
+        ("can I get an invoice?", "send me the bill as a file", "I need a bill with my tax number",
+         "where do I download the invoice?", "my accountant asks for a receipt",
+         "please mail me the invoice again", "the invoice for last month is missing",
+         "I want a receipt for this purchase"),
+        ("I need a receipt for the tax office", "could you send the invoice as a PDF?",
+         "I did not get a bill for my order", "please issue an invoice for my company"),
+    ),
+    (
+        ("is this jacket in stock?", "do you still have it in blue?", "when is it available again?",
+         "is size M sold out?", "how many pieces of it are left?",
+         "will you restock these shoes?", "can I still buy the lamp from the catalogue?",
+         "is the red one available?"),
+        ("when can I buy it again?", "do you have this in stock in size L?",
+         "are the shoes sold out for good?", "is the green jacket still available?"),
+    ),
+    (
+        ("how do I change my address?", "I am moving house", "please update where I live",
+         "my new flat is in another street", "I have a new postal code",
+         "change the delivery address in my profile", "I moved to another city last week",
+         "the house number you have is old"),
+        ("my street in the profile is wrong", "we have moved, where do I enter the new address?",
+         "I live somewhere else now", "please correct the address in my account"),
+    ),
+)  # fmt: skip
 
 
 def _codes(source: random.Random) -> Split:
-    """Two wordings of each topic are taught with every opener, the third is asked."""
     letters = "BCDFGHJKLMNPQRSTVWXZ"
     found: dict[str, None] = {}
     while len(found) < len(_TOPICS):
         found["".join(source.choices(letters, k=2)) + str(source.randrange(10, 99))] = None
     pairs = list(zip(_TOPICS, found, strict=True))
 
-    def rows(which: slice) -> list[Row]:
-        return [
-            _row(_QUEUE, opener + wording, code)
-            for wordings, code in pairs
-            for wording in wordings[which]
-            for opener in _OPENERS
-        ]
+    def rows(part: int) -> list[Row]:
+        return [_row(_QUEUE, said, code) for parts, code in pairs for said in parts[part]]
 
-    return Split(rows(slice(0, 2)), rows(slice(2, 3)))
+    return Split(rows(0), rows(1))
 
 
 # normalise
