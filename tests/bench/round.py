@@ -25,7 +25,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rig.rounds import DESK, example, jsonl, likelihood, process, write_suite
+from rig.rounds import (
+    DESK,
+    Figures,
+    example,
+    jsonl,
+    likelihood,
+    medians,
+    model,
+    process,
+    seeds,
+    write_suite,
+)
 
 from perennial.training import modelfiles
 from perennial.training.config import TrainConfig
@@ -38,7 +49,6 @@ OURS: Mapping[str, dict[str, int]] = {"perennial": {}, "perennial-all-layers": {
 LIKE_PEERS = {"recipe": "sft", "question_dropout": 0.0}  # the same loss of the same tokens
 PEERS = ("trl-default", "trl-bfd")
 SUITES = ("held_out", "general")
-Figures = dict[str, float]  # seconds, MB, nats a token
 
 
 def main() -> int:
@@ -198,10 +208,6 @@ def column(rows: dict[str, Figures], name: str) -> Figures:
     return {arm: round(row[name], 4) for arm, row in rows.items() if name in row}
 
 
-def medians(rows: list[Figures]) -> Figures:
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-
-
 def wall_against(
     peer: str, runs: list[dict[str, Figures]], middle: dict[str, Figures]
 ) -> float | None:
@@ -214,15 +220,6 @@ def wall_against(
     return round(statistics.median(ratios), 3)
 
 
-def model(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "base_model": args.base_model,
-        "cache_dir": "cache",  # of activations: one a seed, so that it is cold
-        "num_threads": args.threads,
-        "device": "cpu",  # as the peers
-    }
-
-
 def prepared(tokenizer: Any, row: Example) -> dict[str, Any]:
     """Token ids, the same for all arms: in a text "<|im_end|>" would forge a turn."""
     found = encode_example(tokenizer, row, TrainConfig().max_len)
@@ -230,10 +227,6 @@ def prepared(tokenizer: Any, row: Example) -> dict[str, Any]:
         "input_ids": found.ids_T.tolist(),
         "completion_mask": found.label_mask_T.astype(int).tolist(),
     }
-
-
-def seeds(raw: str) -> list[int]:
-    return [int(part) for part in raw.split(",")]
 
 
 def parser() -> argparse.ArgumentParser:

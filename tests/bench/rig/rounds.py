@@ -1,6 +1,8 @@
-"""What the benchmarks of rounds share: rows, and the process that trains and scores."""
+"""What the benchmarks of rounds share: rows, the process that trains and scores, medians."""
 
+import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from typing import Any
 from perennial.training.examples import Example, Kind
 
 DESK = Path(__file__).parents[3] / "flows" / "desk"
+Figures = dict[str, float]  # of an arm: seconds, MB, nats a token, shares
 
 
 def process(folder: Path, command: str, job: dict[str, Any], name: str) -> dict[str, Any]:
@@ -37,3 +40,20 @@ def write_suite(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None
 
 def jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def model(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "base_model": args.base_model,
+        "cache_dir": "cache",  # of activations: one a seed, so that it is cold
+        "num_threads": args.threads,
+        "device": "cpu",  # as the peers
+    }
+
+
+def medians(rows: Sequence[Figures]) -> Figures:
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def seeds(raw: str) -> list[int]:
+    return [int(part) for part in raw.split(",")]
