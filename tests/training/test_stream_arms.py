@@ -216,7 +216,8 @@ def test_equal_tokens_are_those_that_the_recipe_draws(
     name: str, epochs: dict[str, list[int]], rounds: Course
 ) -> None:
     for arm, wanted in epochs.items():
-        steps = plan(f"{arm}-same-tokens", rounds, 0, shared(recipe=name))
+        given = shared(recipe=name, epochs=8, replay_share=0.21, general_share=0.12)
+        steps = plan(f"{arm}-same-tokens", rounds, 0, given)
 
         assert [step.config and step.config.epochs for step in steps] == wanted
 
