@@ -272,6 +272,11 @@ def apply_process_defaults(settings: Settings, extra: Mapping[str, str]) -> None
     os.environ.update({"PREFECT_API_URL": settings.prefect_url, **extra})
 
 
+def fix_cublas_workspace() -> None:
+    """Let torch's deterministic mode multiply on a GPU: it refuses while cuBLAS may choose."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def setting_keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
     """Every key by its dotted path: `task`, `api.port`, …."""
     for name, field in model.model_fields.items():

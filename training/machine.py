@@ -16,6 +16,7 @@ from torch.utils import deterministic
 
 from perennial.infra.artifacts import write_atomic
 from perennial.infra.errors import ConfigError, OutOfMemoryError
+from perennial.infra.settings import fix_cublas_workspace
 from perennial.training.job import Device, DType
 
 _LOG = logging.getLogger(__name__)
@@ -130,9 +131,7 @@ def peaks_mb() -> dict[str, float]:
 
 def be_deterministic() -> None:
     """Have torch refuse what gives other numbers the next time, for the rest of this process."""
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # cuBLAS is refused while it may choose
+    fix_cublas_workspace()
     torch.use_deterministic_algorithms(True)
     # It would fill every new tensor, 3% of a round; nothing reads memory before it is written.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
