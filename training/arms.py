@@ -22,8 +22,9 @@ from perennial.training.stream import Task
 
 _EVERY_LAYER = 10_000  # more than any model has
 # Any: fields of TrainConfig
-_PLAIN: Mapping[str, Any] = {"recipe": "replay", "mastered": 0.0, "kl_budget": 0.0}
-_ALONE: Mapping[str, Any] = {"recipe": "sft", "kl_budget": 0.0}
+_BARE: Mapping[str, Any] = {"kl_budget": 0.0, "shrink": 1.0}
+_PLAIN: Mapping[str, Any] = {**_BARE, "recipe": "replay", "mastered": 0.0}
+_ALONE: Mapping[str, Any] = {**_BARE, "recipe": "sft"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,7 @@ ARMS: Mapping[str, Arm] = {
         says="full, general rows held to the base alone", overrides={"general_blend": 1.0}
     ),
     "no-dropout": Arm(says="full, questions always whole", overrides={"question_dropout": 0.0}),
+    "no-shrink": Arm(says="full, the change as it was trained", overrides={"shrink": 1.0}),
     "all-layers": Arm(
         says="full with an adapter on every layer", overrides={"top_layers": _EVERY_LAYER}
     ),

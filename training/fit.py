@@ -106,7 +106,7 @@ def _learn(
     _load_start(model, job, beginning.start)
     trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
     if trained.num_steps:
-        lineage = rounds.after(None if is_rebuild else parent, trained.kl_to_base)
+        lineage = rounds.after(job.config, None if is_rebuild else parent, trained.kl_to_base)
         return _Learned(beginning=beginning, rows=rows, trained=trained, lineage=lineage)
     said = f"{trained.stopped_because}, before the first checkpoint"
     if beginning.start == "base":
@@ -145,10 +145,15 @@ def _load_start(model: Any, job: TrainJob, start: Start) -> None:  # Any: peft
         fast_adapter = job.fast_adapter or job.parent_adapter
         for folder in (job.parent_adapter, fast_adapter):
             lora.check_scale(model, folder)
-        fast = lora.read_state(fast_adapter)
-        lora.set_state(model, rounds.orthogonal(fast), job.parent_adapter)
+        lora.set_state(model, rounds.orthogonal(_as_trained(fast_adapter)), job.parent_adapter)
     else:
-        lora.load_into(model, job.parent_adapter)
+        lora.check_scale(model, job.parent_adapter)
+        lora.set_state(model, _as_trained(job.parent_adapter), job.parent_adapter)
+
+
+def _as_trained(adapter: Path) -> rounds.State:
+    """The tensors of an adapter before its ΔW was shrunk."""
+    return lora.scaled(lora.read_state(adapter), 1 / rounds.read_lineage(adapter).shrink)
 
 
 def _finish(
@@ -164,7 +169,7 @@ def _finish(
         artifacts.publish(out / "fast", lambda inner: lora.save(model, inner))
     if job.parent_adapter is None or parent is None or start not in ("slow-fast", "blend"):
         return {}
-    old, new = lora.read_state(job.parent_adapter), lora.state(model)
+    old, new = _as_trained(job.parent_adapter), lora.state(model)
     if start == "slow-fast":
         lora.set_state(model, rounds.slow(old, new, parent.num_rounds + 1), job.parent_adapter)
         return {}
@@ -193,7 +198,7 @@ def _keep_teachers(model: Any, config: TrainConfig, sources: Sources, folder: Pa
 
 
 def _write_adapter(model: Any, job: TrainJob, lineage: rounds.Lineage, folder: Path) -> None:
-    lora.save(model, folder, shrink=job.config.shrink)
+    lora.save(model, folder, shrink=lineage.shrink)
     rounds.write_lineage(folder, lineage)
 
 

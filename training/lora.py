@@ -61,8 +61,7 @@ def save(model: Any, folder: Path, *, shrink: float = 1.0) -> None:  # Any: peft
     Raises:
         OSError: the weights cannot be written.
     """
-    scaled = {name: _scaled(name, weight, shrink) for name, weight in state(model).items()}
-    write_tensors(folder / WEIGHTS, scaled)
+    write_tensors(folder / WEIGHTS, scaled(state(model), shrink))
     fields = _plain(model.peft_config["default"].to_dict())
     fields |= {"base_model_name_or_path": "", "inference_mode": True}
     (folder / CONFIG).write_text(json.dumps(fields, indent=1, sort_keys=True))
@@ -96,25 +95,26 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         raise IntegrityError(f"{path} is not a safetensors file: {error}") from error
 
 
-def load_into(model: Any, folder: Path) -> None:  # Any: peft
-    """Set the attached adapter's weights to those in `folder`; shapes and names must be equal.
-
-    Raises:
-        TrainingError: the adapter in the folder has another rank, scale, other targets or layers.
-        IntegrityError: its config is damaged.
-    """
-    check_scale(model, folder)
-    set_state(model, read_state(folder), folder)
-
-
 def state(model: Any) -> dict[str, Tensor]:  # Any: peft
     """A copy of the adapter's tensors by PEFT name, on the CPU."""
     found = peft.get_peft_model_state_dict(model)
     return {name: weight.detach().to("cpu", copy=True) for name, weight in found.items()}
 
 
+def scaled(given: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The tensors with ΔW multiplied by `factor`: B has all of it."""
+    return {
+        name: (weight * factor if "lora_B" in name else weight).contiguous()
+        for name, weight in given.items()
+    }
+
+
 def set_state(model: Any, given: Mapping[str, Tensor], origin: Path) -> None:  # Any: peft
-    """Set the attached adapter's weights; errors as in `load_into`, naming `origin`."""
+    """Set the attached adapter's weights to those that come from `origin`.
+
+    Raises:
+        TrainingError: they are of another rank, other targets or layers.
+    """
     own = peft.get_peft_model_state_dict(model)
     odd = sorted(set(given) ^ set(own)) or [n for n in own if own[n].shape != given[n].shape]
     if odd:
@@ -191,11 +191,6 @@ def unmerge(model: Any, kept: Mapping[str, Tensor]) -> None:  # Any: transformer
     with torch.no_grad():
         for key, weight in kept.items():
             model.get_parameter(key).copy_(weight)
-
-
-def _scaled(name: str, weight: Tensor, shrink: float) -> Tensor:
-    factor = shrink if "lora_B" in name else 1.0
-    return (weight.detach() * factor).contiguous()
 
 
 def _plain(value: Any) -> Any:  # Any: the JSON edge

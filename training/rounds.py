@@ -24,10 +24,14 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lineage:
-    """How many rounds an adapter has been through since the base, and how far from it it is."""
+    """How many rounds an adapter has been through since the base, and how far from it it is.
+
+    kl_to_base: before ΔW was multiplied by `shrink`; the next round goes on from there.
+    """
 
     num_rounds: int
     kl_to_base: float | None
+    shrink: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +79,13 @@ def begin(config: TrainConfig, parent: Lineage | None, spent: str | None = None)
     return Beginning(start=config.start)
 
 
-def after(parent: Lineage | None, kl_to_base: float | None) -> Lineage:
+def after(config: TrainConfig, parent: Lineage | None, kl_to_base: float | None) -> Lineage:
     """The lineage of an adapter that was trained on from `parent`, or from the base."""
-    return Lineage(num_rounds=parent.num_rounds + 1 if parent else 1, kl_to_base=kl_to_base)
+    return Lineage(
+        num_rounds=parent.num_rounds + 1 if parent else 1,
+        kl_to_base=kl_to_base,
+        shrink=config.shrink if config.method == "lora" else 1.0,  # DoRA has no plain ΔW
+    )
 
 
 def orthogonal(state: State) -> dict[str, Tensor]:

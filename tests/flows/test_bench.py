@@ -79,7 +79,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(inputs: Path) -> Settings:
-    tiny = {"rank": 4, "epochs": 2, "batch_tokens": 100, "lr": 5e-3}
+    tiny = {"rank": 4, "epochs": 2, "batch_tokens": 100, "lr": 5e-3, "shrink": 1.0}
     return Settings.model_validate(
         {
             "model": {"name": str(inputs / "tiny"), "threads": 1},

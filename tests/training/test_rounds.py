@@ -106,9 +106,13 @@ def test_a_round_starts_as_told_or_is_rebuilt(
 
 def test_a_lineage_is_read_back_and_a_damaged_one_refused(tmp_path: Path) -> None:
     assert rounds.read_lineage(tmp_path) == Lineage(num_rounds=1, kl_to_base=None)
-    lineage = rounds.after(Lineage(num_rounds=2, kl_to_base=0.1), 0.2)
+    config = TrainConfig(shrink=0.7)
+    lineage = rounds.after(config, Lineage(num_rounds=2, kl_to_base=0.1), 0.2)
     rounds.write_lineage(tmp_path, lineage)
-    assert rounds.read_lineage(tmp_path) == lineage == Lineage(num_rounds=3, kl_to_base=0.2)
+    assert rounds.read_lineage(tmp_path) == lineage
+    assert lineage == Lineage(num_rounds=3, kl_to_base=0.2, shrink=0.7)
+    (tmp_path / rounds.LINEAGE).write_text('{"num_rounds": 2, "kl_to_base": null}')
+    assert rounds.read_lineage(tmp_path).shrink == 1
     (tmp_path / rounds.LINEAGE).write_text("{")
     with pytest.raises(IntegrityError, match="is not a lineage"):
         rounds.read_lineage(tmp_path)

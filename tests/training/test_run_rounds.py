@@ -27,7 +27,14 @@ from perennial.training.tokens import encode_answer
 from tests.training.builders import example, write_job
 
 SECOND = {"parent_adapter": "one/adapter", "replay_rows": "old.jsonl"}
-RECIPE = {"rank": 4, "epochs": 2, "batch_tokens": 200, "lr": 5e-3, "top_layers": 1}
+RECIPE = {
+    "rank": 4,
+    "epochs": 2,
+    "batch_tokens": 200,
+    "lr": 5e-3,
+    "top_layers": 1,
+    "shrink": 1.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +122,32 @@ def test_a_killed_round_knows_that_its_parent_is_too_far(tmp_path: Path) -> None
     other = {**near, "kl_budget": 8.0}
     checkpoint.note_spent(tmp_path / "two" / "checkpoints", job.digest, "too far")
     assert second(tmp_path, config=other)["start"]["start"] == "parent"
+
+
+@pytest.mark.parametrize(("method", "factor"), [("lora", 0.5), ("dora", 1.0)])
+def test_the_change_is_shrunk_at_the_end_but_not_doras(
+    tmp_path: Path, method: str, factor: float
+) -> None:
+    trained(tmp_path, "whole", config={"method": method})
+    shrunk = trained(tmp_path, "shrunk", config={"method": method, "shrink": 0.5})
+    assert shrunk["lineage"]["shrink"] == factor
+    assert torch.equal(
+        product(tmp_path / "shrunk" / "adapter"), factor * product(tmp_path / "whole" / "adapter")
+    )
+
+
+@pytest.mark.parametrize("start", ["parent", "slow-fast", "blend"])
+def test_a_round_goes_on_from_the_change_before_it_was_shrunk(tmp_path: Path, start: str) -> None:
+    found = []
+    for shrink in (1.0, 0.5):
+        folder = tmp_path / str(shrink)
+        folder.mkdir()
+        trained(folder, "one", config={"shrink": shrink})
+        write_examples(folder / "dev.jsonl", [example(3)])
+        second(folder, config={"start": start}, dev_rows="dev.jsonl")
+        found.append(lora.read_state(folder / "two" / "adapter"))
+    whole, shrunk = found
+    assert all(torch.equal(shrunk[name], weight) for name, weight in whole.items())
 
 
 def test_a_slow_round_keeps_the_fast_adapter_for_the_next(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_saved_adapter_gives_the_same_answers(tmp_path: Path) -> None:
     torch.testing.assert_close(merged, wanted, atol=1e-5, rtol=1e-5)
     assert torch.equal(again, base)
     fresh = lora.attach(tiny_model(), CONFIG)
-    lora.load_into(fresh, tmp_path)
+    lora.set_state(fresh, lora.read_state(tmp_path), tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(fresh(row).logits, wanted)
 
@@ -159,7 +159,9 @@ def test_an_adapter_names_no_path_and_shrinks_its_product(tmp_path: Path) -> Non
 def test_a_parent_of_another_shape_is_refused(tmp_path: Path) -> None:
     lora.save(lora.attach(tiny_model(), CONFIG), tmp_path)
     with pytest.raises(TrainingError, match="does not fit"):
-        lora.load_into(lora.attach(tiny_model(), with_fields(rank=8)), tmp_path)
+        lora.set_state(
+            lora.attach(tiny_model(), with_fields(rank=8)), lora.read_state(tmp_path), tmp_path
+        )
 
 
 def test_a_missing_model_says_what_to_do(tmp_path: Path) -> None:
