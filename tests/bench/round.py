@@ -2,10 +2,11 @@
 
     python tests/bench/round.py [--rows 64] [--epochs 3] [--threads 2] [--seeds 0,1,2] [--out DIR]
 
-Arms, each in a process of its own: our round (recipe `sft` on whole questions, other settings as
-shipped), the same with an adapter on every layer as TRL has it, TRL's SFTTrainer as it comes, and
-SFTTrainer at its best here (packing "bfd", as many tokens a step as we take, no activation
-checkpointing). TRL gets our learning rate, since its own default learns nothing in three epochs.
+Arms, each in a process of its own: our round (recipe `sft` on whole questions, `shrink` 1, other
+settings as shipped), the same with an adapter on every layer as TRL has it, TRL's SFTTrainer as it
+comes, and SFTTrainer at its best here (packing "bfd", as many tokens a step as we take, no
+activation checkpointing). TRL gets our learning rate, since its own default learns nothing in three
+epochs.
 Wall time is from loading the model to the saved adapter; caches are cold. All adapters are then
 scored in one process on questions that none has seen, and on general answers. All arms run once for
 a seed, so that a slow minute of the machine does not fall on one of them. Prints a table of medians
@@ -46,7 +47,8 @@ from perennial.training.machine import peak_rss_mb
 from perennial.training.tokens import encode_example
 
 OURS: Mapping[str, dict[str, int]] = {"perennial": {}, "perennial-all-layers": {"top_layers": 99}}
-LIKE_PEERS = {"recipe": "sft", "question_dropout": 0.0}  # the same loss of the same tokens
+# The same loss of the same tokens, and the whole of what was learned.
+LIKE_PEERS = {"recipe": "sft", "question_dropout": 0.0, "shrink": 1.0}
 PEERS = ("trl-default", "trl-bfd")
 SUITES = ("held_out", "general")
 

@@ -21,6 +21,7 @@ def test_a_config_survives_json_and_changes_its_fingerprint() -> None:
         ({"targets": "everything"}, "targets must be one of"),
         ({"replay_share": 0.6, "general_share": 0.5}, "below 1 together"),
         ({"lr": float("nan")}, "lr must be positive"),
+        ({"shrink": 0.0}, "shrink must be positive"),
     ],
 )
 def test_a_wrong_setting_is_named(raw: dict[str, object], message: str) -> None:
