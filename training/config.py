@@ -59,7 +59,7 @@ class TrainConfig:
     preference_beta: float = 0.1
     preference_weight: float = 1.0  # of DPO and KTO beside cross-entropy
     dpo_sft_weight: float = 0.5  # of the cross-entropy of chosen answers, inside DPO
-    shrink: float = 0.8  # ΔW as served over ΔW as trained, in (0, 1]; not of DoRA
+    shrink: float = 0.85  # ΔW as served over ΔW as trained, in (0, 1]; not of DoRA
     checkpoint_steps: int = 20
     kernels: Literal["fused", "plain"] = "fused"  # plain: every product by transformers and PEFT
     cache_mb: int = 2000  # frozen-trunk activations kept on disk across rounds; 0: none
