@@ -194,16 +194,15 @@ class _Worker:
         """Write the row results of every suite, and what the training took, into `folder`."""
         work = self._work(step)
         adapter = self.train(step) if step.config else None
-        suites = [*step.examined, GENERAL]
         job = {
             **self.bench.model,
             "adapters": {_MODEL: str(adapter) if adapter else None},
-            "suites": {name: str(_suites(self.bench) / f"{name}.jsonl") for name in suites},
+            "suites": {name: str(_suites(self.bench) / f"{name}.jsonl") for name in step.examined},
             "max_new_tokens": self.bench.max_new_tokens,
-            "kl_suites": [GENERAL] if adapter else [],
+            "kl_suites": [GENERAL] if adapter and GENERAL in step.examined else [],
         }
         self._run("evaluate", job, work / "scores")
-        for name in suites:
+        for name in step.examined:
             shutil.copyfile(work / "scores" / _MODEL / f"{name}.jsonl", folder / f"{name}.jsonl")
         if adapter:
             (folder / TRAINED).write_text(json.dumps(_cost(adapter.parent)))

@@ -113,8 +113,7 @@ def _run(bench: Bench, name: str, seed: int, order: Order) -> Run:
             scores.update({(index, task.name): graded for index in rounds})
             stale[task.name] = _stale(task, answers)
     last = steps[-1]
-    is_whole = len(last.examined) == len(tasks)
-    general = _general(bench, last) if is_whole else None
+    general = _general(bench, last) if GENERAL in last.examined else None
     return Run(
         tasks=tuple(task.name for task in tasks), scores=scores, stale=stale, general=general
     )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from perennial.infra.errors import ConfigError
 from perennial.training import config as configs
 from perennial.training.config import TrainConfig
+from perennial.training.continual import GENERAL
 from perennial.training.examples import Example
 from perennial.training.holdout import split_holdout
 from perennial.training.recipes import shares_of
@@ -128,7 +129,10 @@ class Shared:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One training (none for the base model) and the tasks that are examined after it."""
+    """One training (none for the base model) and what is examined after it.
+
+    `examined` are names of tasks and, where a model has been through all of them, `GENERAL`.
+    """
 
     key: str
     index: int  # of the round, from 0
@@ -162,12 +166,12 @@ def plan(name: str, course: Course, seed: int, shared: Shared) -> tuple[Step, ..
     if name not in ARMS:
         raise ConfigError(f"unknown arm {name!r}; known: {', '.join(ARMS)}", arm=name)
     arm, tasks, names = ARMS[name], course.tasks, tuple(task.name for task in course.tasks)
-    last = len(tasks) - 1
+    last, everything = len(tasks) - 1, (*names, GENERAL)
     if arm.rounds == "none":
-        key = _digest(shared, None, None, names)
-        return (Step(key=key, index=last, config=None, parent=None, examined=names),)
+        key = _digest(shared, None, None, everything)
+        return (Step(key=key, index=last, config=None, parent=None, examined=everything),)
     if arm.rounds == "all-at-once":
-        return (_step(shared, arm, seed, last, course.union, examined=names),)
+        return (_step(shared, arm, seed, last, course.union, examined=everything),)
     if arm.rounds == "each-alone":
         return tuple(
             _step(shared, arm, seed, index, _examples(task), examined=(task.name,))
@@ -176,8 +180,9 @@ def plan(name: str, course: Course, seed: int, shared: Shared) -> tuple[Step, ..
     steps: list[Step] = []
     for index, (task, past) in enumerate(zip(tasks, course.past, strict=True)):
         parent = steps[-1] if steps else None
-        new = _examples(task)
-        steps.append(_step(shared, arm, seed, index, new, examined=names, past=past, parent=parent))
+        new, examined = _examples(task), everything if index == last else names
+        step = _step(shared, arm, seed, index, new, examined=examined, past=past, parent=parent)
+        steps.append(step)
     return tuple(steps)
 
 
