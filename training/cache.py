@@ -1,15 +1,17 @@
-"""Frozen-trunk activations on disk, kept across epochs and rounds.
+"""What the frozen base makes of rows, on disk: activations of its trunk, and its likeliest tokens.
 
-An entry is named by base, layer, dtype and tokens, memory-mapped when read, and checked against its
-digest: a damaged one is computed again and never used. The folder is bounded; entries that were not
-used for longest go first. It holds what users wrote in another form: erasure deletes it.
+It is kept across epochs and rounds. An entry is named by what it is of, base, layer, dtype and
+tokens, memory-mapped when read, and checked against its digest: a damaged one is computed again and
+never used. The folder is bounded; entries that were not used for longest go first. It holds what
+users wrote in another form: erasure deletes it.
 """
 
 import hashlib
 import logging
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +21,24 @@ import torch
 from torch import Tensor
 
 from perennial.infra import artifacts
+from perennial.training.config import TrainConfig
+from perennial.training.loss import TopK
 from perennial.training.modelfiles import weights_pattern
+from perennial.training.prepared import Trunks, teach
 from perennial.training.tokens import TokenRow
 from perennial.training.trunk import SplitModel
 
 _LOG = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
-_SUFFIX = ".trunk"
+_SUFFIX = ".frozen"
 _WRITE_S = 60  # a file that grows for longer was left by a killed run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrunkCache:
-    """Entries are (T, width) in the model's dtype, after their SHA-256.
+class FrozenCache:
+    """Entries follow their SHA-256: a trunk (T, width) in the model's dtype, or a top K.
 
+    That is (2, labels, K) in int32, the tokens and then the bits of their fp32 log-probabilities.
     `base` and `tokenizer` are digests.
     """
 
@@ -43,24 +49,63 @@ class TrunkCache:
 
     def trunk(self, split: SplitModel, rows: Sequence[TokenRow], batch_tokens: int) -> list[Tensor]:
         """`split.trunk(rows, batch_tokens)`, of which only what is not here is computed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        paths = [self._path(split, row) for row in rows]
         width = int(split.model.config.hidden_size)
-        found = [
-            _read(p, (row.num_tokens, width), split.dtype)
-            for p, row in zip(paths, rows, strict=True)
-        ]
-        absent = [index for index, trunk in enumerate(found) if trunk is None]
-        fresh = split.trunk([rows[index] for index in absent], batch_tokens)
-        for index, trunk in zip(absent, fresh, strict=True):
-            _write(paths[index], trunk)
-            found[index] = trunk
-        self._evict()
-        _LOG.info("trunk cache num_found=%d num_computed=%d", len(rows) - len(absent), len(absent))
-        return [trunk for trunk in found if trunk is not None]
 
-    def _path(self, split: SplitModel, row: TokenRow) -> Path:
-        made_by = f"{self.base}\n{self.tokenizer}\n{split.num_frozen}\n{split.dtype}\n"
+        def compute(absent: Sequence[int]) -> list[Tensor]:
+            return split.trunk([rows[index] for index in absent], batch_tokens)
+
+        paths = [self._path(split, "trunk", row) for row in rows]
+        shapes = [(row.num_tokens, width) for row in rows]
+        return self._entries(paths, shapes, split.dtype, compute)
+
+    def teach(
+        self,
+        split: SplitModel,
+        rows: Sequence[TokenRow],
+        trunks: Trunks | None,
+        scope: str,
+        config: TrainConfig,
+    ) -> list[TopK]:
+        """`teach(split, rows, trunks, scope, config)` of the base, likewise; tokens are int32."""
+        k = min(config.kl_top_k, int(split.model.config.vocab_size))
+
+        def compute(absent: Sequence[int]) -> list[Tensor]:
+            known = None if trunks is None else [trunks[index] for index in absent]
+            taught = teach(split, [rows[index] for index in absent], known, scope, config)
+            return [
+                torch.stack([top.tokens_TK.int(), top.log_probs_TK.view(torch.int32)])
+                for top in taught
+            ]
+
+        firsts = [row.num_prompt if scope == "completion" else 1 for row in rows]
+        named = zip(rows, firsts, strict=True)
+        paths = [self._path(split, f"top {k} from {first}", row) for row, first in named]
+        shapes = [(2, row.num_tokens - first, k) for row, first in zip(rows, firsts, strict=True)]
+        entries = self._entries(paths, shapes, torch.int32, compute)
+        return [
+            TopK(tokens_TK=entry[0], log_probs_TK=entry[1].view(torch.float32)) for entry in entries
+        ]
+
+    def _entries(
+        self,
+        paths: Sequence[Path],
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        compute: Callable[[Sequence[int]], list[Tensor]],
+    ) -> list[Tensor]:
+        """Each as it is here, or else computed and kept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = [_read(path, shape, dtype) for path, shape in zip(paths, shapes, strict=True)]
+        absent = [index for index, entry in enumerate(found) if entry is None]
+        for index, entry in zip(absent, compute(absent), strict=True):
+            _write(paths[index], entry)
+            found[index] = entry
+        self._evict()
+        _LOG.info("cache num_found=%d num_computed=%d", len(paths) - len(absent), len(absent))
+        return [entry for entry in found if entry is not None]
+
+    def _path(self, split: SplitModel, kind: str, row: TokenRow) -> Path:
+        made_by = f"{self.base}\n{self.tokenizer}\n{split.num_frozen}\n{split.dtype}\n{kind}\n"
         key = hashlib.sha256(made_by.encode() + row.ids_T.tobytes())
         return self.folder / (key.hexdigest() + _SUFFIX)
 
@@ -96,9 +141,9 @@ def _used_last_first(folder: Path) -> list[tuple[Path, os.stat_result]]:
     return sorted(found, key=lambda entry: -entry[1].st_mtime_ns)
 
 
-def _read(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
     """The entry, or None when it is absent, damaged or of another shape."""
-    size = _DIGEST_BYTES + dtype.itemsize * shape[0] * shape[1]
+    size = _DIGEST_BYTES + dtype.itemsize * math.prod(shape)
     try:
         if not path.is_file() or path.stat().st_size != size:
             return None
@@ -107,19 +152,19 @@ def _read(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | No
     except FileNotFoundError:
         return None
     if hashlib.sha256(raw[_DIGEST_BYTES:].data).digest() != raw[:_DIGEST_BYTES].tobytes():
-        _LOG.warning("trunk cache entry is damaged and computed again path=%s", path)
+        _LOG.warning("cache entry is damaged and computed again path=%s", path)
         return None
     return torch.from_numpy(raw[_DIGEST_BYTES:]).view(dtype).view(shape)
 
 
-def _write(path: Path, trunk_TD: Tensor) -> None:
+def _write(path: Path, entry: Tensor) -> None:
     # No fsync: an entry that a power loss cuts short fails its digest, and a full disk only costs
     # the computation.
-    body = trunk_TD.contiguous().view(torch.uint8).numpy().tobytes()
+    body = entry.contiguous().view(torch.uint8).numpy().tobytes()
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         partial.write_bytes(hashlib.sha256(body).digest() + body)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        _LOG.warning("trunk cache entry not written path=%s error=%s", path, error)
+        _LOG.warning("cache entry not written path=%s error=%s", path, error)

@@ -17,7 +17,7 @@ from rich.console import Console
 from perennial.infra import artifacts
 from perennial.infra.errors import DivergedError
 from perennial.training import checkpoint, lora, modelfiles, rounds, trainer
-from perennial.training.cache import TrunkCache, folder_digest, model_digest
+from perennial.training.cache import FrozenCache, folder_digest, model_digest
 from perennial.training.config import Start, TrainConfig
 from perennial.training.evaluate import reference_nlls
 from perennial.training.job import TrainJob
@@ -29,7 +29,7 @@ from perennial.training.machine import (
     peak_rss_mb,
     peaks_mb,
 )
-from perennial.training.prepared import Sources, TrunkOf, teach
+from perennial.training.prepared import COMPUTED, Frozen, Sources, split_model, teach
 from perennial.training.progress import ProgressLog
 from perennial.training.recipes import RECIPES
 from perennial.training.rounds import Beginning, Lineage
@@ -37,7 +37,6 @@ from perennial.training.rows import Rows, rows_of_job
 from perennial.training.teachers import size_mb, write_teachers
 from perennial.training.tokens import TokenRow
 from perennial.training.trainer import Trained
-from perennial.training.trunk import SplitModel
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,15 +51,16 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
     started = time.monotonic()
     base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     num_threads = choose_threads_once(out / "checkpoints" / "num_threads", job.num_threads)
-    place = choose_place(job.device, job.dtype)
+    place = choose_place(job.device, job.dtype, "train")
     be_deterministic()
     parent = rounds.read_lineage(job.parent_adapter) if job.parent_adapter else None
     model = lora.attach(modelfiles.load_model(base, place), job.config)
-    learned = _learn(model, job, base, parent, out, console)
+    frozen = _frozen(job, base)
+    learned = _learn(model, job, base, parent, frozen, out, console)
     for old in (adapter, out / "fast", out / "teachers"):
         shutil.rmtree(old, ignore_errors=True)  # of another job, or of this one killed at the end
     alphas = _finish(model, job, learned.beginning.start, parent, learned.rows.dev, out)
-    _keep_teachers(model, job.config, learned.rows.sources, out / "teachers")
+    _keep_teachers(model, job.config, learned.rows.sources, frozen, out / "teachers")
     manifest = artifacts.publish(
         adapter, lambda inner: _write_adapter(model, job, learned.lineage, inner)
     )
@@ -91,6 +91,7 @@ def _learn(
     job: TrainJob,
     base: Path,
     parent: Lineage | None,
+    frozen: Frozen,
     out: Path,
     console: Console,
 ) -> _Learned:
@@ -104,7 +105,7 @@ def _learn(
     is_rebuild = parent is not None and beginning.start == "base"
     rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
     _load_start(model, job, beginning.start)
-    trained = _train(model, rows.sources, job, checkpoints, _trunk_of(job, base), console)
+    trained = _train(model, rows.sources, job, checkpoints, frozen, console)
     if trained.num_steps:
         lineage = rounds.after(job.config, None if is_rebuild else parent, trained.kl_to_base)
         return _Learned(beginning=beginning, rows=rows, trained=trained, lineage=lineage)
@@ -114,7 +115,7 @@ def _learn(
     _LOG.warning("%s: the round begins from the base", said)
     checkpoint.note_spent(checkpoints, job.digest, said)
     lora.set_state(model, fresh, out)
-    return _learn(model, job, base, parent, out, console)
+    return _learn(model, job, base, parent, frozen, out, console)
 
 
 def _train(
@@ -122,7 +123,7 @@ def _train(
     sources: Sources,
     job: TrainJob,
     checkpoints: Path,
-    trunk_of: TrunkOf,
+    frozen: Frozen,
     console: Console,
 ) -> Trained:
     with ProgressLog(checkpoints.parent / "progress.jsonl", console) as log:
@@ -133,7 +134,7 @@ def _train(
             checkpoints=checkpoints,
             job=job.digest,
             on_step=log.step,
-            trunk_of=trunk_of,
+            frozen=frozen,
         )
 
 
@@ -184,16 +185,23 @@ def _finish(
     return losses
 
 
-def _keep_teachers(model: Any, config: TrainConfig, sources: Sources, folder: Path) -> None:
+def _keep_teachers(
+    model: Any,  # Any: peft
+    config: TrainConfig,
+    sources: Sources,
+    frozen: Frozen,
+    folder: Path,
+) -> None:
     """What the replayed rows were told, and what the model says now about its new ones."""
     if not RECIPES[config.recipe].replay_blend:
         return
     replayed = [row for row in sources.replay if row.id in sources.teachers]
     if not replayed and not sources.new:
         return
-    split = SplitModel(model.get_base_model(), 0, config.kernels)
+    split, new = split_model(model, config), sources.new
+    trunks = frozen.trunk(split, new, config.batch_tokens) if split.num_frozen else None
     taught = [sources.teachers[row.id] for row in replayed]
-    taught += teach(split, sources.new, None, "completion", config)
+    taught += teach(split, new, trunks, "completion", config)
     write_teachers(folder, [*replayed, *sources.new], taught)
 
 
@@ -202,17 +210,17 @@ def _write_adapter(model: Any, job: TrainJob, lineage: rounds.Lineage, folder: P
     rounds.write_lineage(folder, lineage)
 
 
-def _trunk_of(job: TrainJob, model_folder: Path) -> TrunkOf:
-    """The frozen trunk through the cache beside the base model, if one is wanted."""
+def _frozen(job: TrainJob, model_folder: Path) -> Frozen:
+    """What the base makes of rows, through the cache beside it if one is wanted."""
     if not job.config.cache_mb:
-        return SplitModel.trunk
-    cache = TrunkCache(
+        return COMPUTED
+    cache = FrozenCache(
         folder=job.cache_dir / "trunk",
         base=model_digest(model_folder),
         tokenizer=folder_digest(model_folder, "token*"),
         max_bytes=job.config.cache_mb * 10**6,
     )
-    return cache.trunk
+    return Frozen(trunk=cache.trunk, teach=cache.teach)
 
 
 def _summary(

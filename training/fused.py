@@ -100,9 +100,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
         # Flash attention takes no mask, the memory-efficient one no groups of queries.
         num = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(num, 1), value.repeat_interleave(num, 1)
+    dtype = query.dtype
+    if query.is_cpu:  # whose kernel's gradient is four times slower in bf16
+        query, key, value = query.float(), key.float(), value.float()
+        mask = None if mask is None else mask.float()
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
+    ).to(dtype)
 
 
 def _mask(num_prefix: int, size: int, like: Tensor) -> Tensor:

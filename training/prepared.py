@@ -23,7 +23,7 @@ from perennial.training.recipes import RECIPES, JudgedRows, PairRows, Unit, rows
 from perennial.training.tokens import TokenRow
 from perennial.training.trunk import SplitModel
 
-TrunkOf = Callable[[SplitModel, Sequence[TokenRow], int], list[Tensor]]
+Trunks = Sequence[Tensor]  # of rows, (T, width) each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,26 +71,70 @@ class Prepared:
         return self.sources.unit(pick)
 
 
+def split_model(model: Any, config: TrainConfig) -> SplitModel:  # Any: peft
+    """The model cut below the layers that the adapter is on."""
+    base = model.get_base_model()
+    num_frozen = max(0, base.config.num_hidden_layers - config.top_layers)
+    return SplitModel(base, num_frozen, config.kernels)
+
+
+@telling_out_of_memory()
+def teach(
+    split: SplitModel,
+    rows: Sequence[TokenRow],
+    trunks: Trunks | None,
+    scope: str,
+    config: TrainConfig,
+) -> list[TopK]:
+    """The model's top K at the labels of each row, on the CPU; entry i is for the i-th label."""
+
+    def run(span: Sequence[int]) -> list[TopK]:
+        packed = pack([rows[index] for index in span], labels=[scope] * len(span))
+        part = None if trunks is None else [trunks[index] for index in span]
+        with torch.no_grad():
+            best = top_k(split.logits(packed, part), config.kl_top_k)
+        tokens, log_probs = (
+            torch.split(part.cpu(), packed.num_labels)
+            for part in (best.tokens_TK, best.log_probs_TK)
+        )
+        parts = zip(tokens, log_probs, strict=True)
+        return [TopK(tokens_TK=part, log_probs_TK=probs) for part, probs in parts]
+
+    spans = cut([row.num_tokens for row in rows], config.batch_tokens)
+    return [taught for span in spans for taught in in_halves(run, span)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frozen:
+    """What the frozen base makes of rows: computed, unless a cache stands in."""
+
+    trunk: Callable[[SplitModel, Sequence[TokenRow], int], list[Tensor]] = SplitModel.trunk
+    teach: Callable[
+        [SplitModel, Sequence[TokenRow], Trunks | None, str, TrainConfig], list[TopK]
+    ] = teach
+
+
+COMPUTED = Frozen()
+
+
 @telling_out_of_memory()
 def prepare(
     model: Any,  # Any: peft
     sources: Sources,
     config: TrainConfig,
     drawn: Collection[Pick],
-    trunk_of: TrunkOf = SplitModel.trunk,
+    frozen: Frozen = COMPUTED,
 ) -> Prepared:
     """One pass over the rows that are drawn; the adapter is off, but for the reference "start"."""
     picks = [pick for pick in sources.picks if pick in drawn]
-    base, recipe = model.get_base_model(), RECIPES[config.recipe]
-    num_frozen = max(0, base.config.num_hidden_layers - config.top_layers)
-    split = SplitModel(base, num_frozen, config.kernels)
+    split, recipe = split_model(model, config), RECIPES[config.recipe]
     with model.disable_adapter():
         split.check_split(next(row for part in sources.parts for u in part for row in rows_of(u)))
-        trunks = _trunks(split, sources, picks, config, trunk_of)
+        trunks = _trunks(split, sources, picks, config, frozen)
         general = [pick for pick in picks if pick.source == Source.GENERAL]
         known = [trunks[pick][0] for pick in general] if trunks else None
         rows = [sources.general[pick.index] for pick in general]
-        taught = teach(split, rows, known, config.kl_scope, config)
+        taught = frozen.teach(split, rows, known, config.kl_scope, config)
     teachers = dict(zip(general, taught, strict=True))
     if recipe.replay_blend:
         teachers |= {
@@ -114,35 +158,7 @@ def prepare(
     )
 
 
-@telling_out_of_memory()
-def teach(
-    split: SplitModel,
-    rows: Sequence[TokenRow],
-    trunks: Sequence[Tensor] | None,
-    scope: str,
-    config: TrainConfig,
-) -> list[TopK]:
-    """The model's top K at the labels of each row, on the CPU; entry i is for the i-th label."""
-
-    def run(span: Sequence[int]) -> list[TopK]:
-        packed = pack([rows[index] for index in span], labels=[scope] * len(span))
-        part = None if trunks is None else [trunks[index] for index in span]
-        with torch.no_grad():
-            best = top_k(split.logits(packed, part), config.kl_top_k)
-        tokens, log_probs = (
-            torch.split(part.cpu(), packed.num_labels)
-            for part in (best.tokens_TK, best.log_probs_TK)
-        )
-        parts = zip(tokens, log_probs, strict=True)
-        return [TopK(tokens_TK=part, log_probs_TK=probs) for part, probs in parts]
-
-    spans = cut([row.num_tokens for row in rows], config.batch_tokens)
-    return [taught for span in spans for taught in in_halves(run, span)]
-
-
-def log_probs_of(
-    split: SplitModel, rows: Sequence[TokenRow], trunks: Sequence[Tensor] | None
-) -> Tensor:
+def log_probs_of(split: SplitModel, rows: Sequence[TokenRow], trunks: Trunks | None) -> Tensor:
     """Log-probability of each completion, without gradient."""
 
     def run(span: Sequence[int]) -> list[Tensor]:
@@ -177,13 +193,13 @@ def _trunks(
     sources: Sources,
     picks: Sequence[Pick],
     config: TrainConfig,
-    trunk_of: TrunkOf,
+    frozen: Frozen,
 ) -> dict[Pick, tuple[Tensor, ...]]:
     if not split.num_frozen:
         return {}
     keyed = [(pick, row) for pick in picks for row in _all_rows(sources.unit(pick))]
     found: dict[Pick, tuple[Tensor, ...]] = {}
-    trunks = trunk_of(split, [row for _, row in keyed], config.batch_tokens)
+    trunks = frozen.trunk(split, [row for _, row in keyed], config.batch_tokens)
     for (key, _), trunk in zip(keyed, trunks, strict=True):
         found[key] = (*found.get(key, ()), trunk)
     return found

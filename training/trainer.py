@@ -23,10 +23,9 @@ from perennial.training.config import TrainConfig
 from perennial.training.machine import is_out_of_memory
 from perennial.training.mix import Batch, Mix, Planned, Source, make_mix, steps
 from perennial.training.objective import BatchLoss
-from perennial.training.prepared import Prepared, Sources, TrunkOf, prepare
+from perennial.training.prepared import COMPUTED, Frozen, Prepared, Sources, prepare
 from perennial.training.progress import StepRecord
 from perennial.training.recipes import shares_of
-from perennial.training.trunk import SplitModel
 
 _LOG = logging.getLogger(__name__)
 _LOOK_BACK = 5  # steps whose mean loss tells whether a run diverges
@@ -58,7 +57,7 @@ def train(
     checkpoints: Path,
     job: str,
     on_step: Callable[[StepRecord], None],
-    trunk_of: TrunkOf = SplitModel.trunk,
+    frozen: Frozen = COMPUTED,
 ) -> Trained:
     """Train the attached adapter in place; goes on from the newest checkpoint of the same job.
 
@@ -70,7 +69,7 @@ def train(
     """
     mix = mix_of(sources, config)
     check_budget(mix, config)
-    prepared = prepare(model, sources, config, mix.drawable, trunk_of)
+    prepared = prepare(model, sources, config, mix.drawable, frozen)
     weights = lora.trainable(model)
     optimizer = make_optimizer(weights, config)
     restored = checkpoint.restore(checkpoints, job, weights, optimizer)

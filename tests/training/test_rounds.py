@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 
 from perennial.infra.errors import IntegrityError
 from perennial.training import lora, rounds
-from perennial.training.cache import TrunkCache, model_digest
+from perennial.training.cache import FrozenCache, model_digest
 from perennial.training.config import TrainConfig
 from perennial.training.loss import TopK
+from perennial.training.prepared import teach
 from perennial.training.rounds import Lineage
 from perennial.training.teachers import read_teachers, write_teachers
 from perennial.training.tokens import TokenRow, encode_example
@@ -141,17 +143,22 @@ def token_rows(num: int) -> tuple[TokenRow, ...]:
     return tuple(encode_example(tiny_tokenizer(), example(n), 512) for n in range(num))
 
 
-def cache_in(folder: Path, **fields: Any) -> TrunkCache:
+def cache_in(folder: Path, **fields: Any) -> FrozenCache:
     given = {"base": "b", "tokenizer": "t", "max_bytes": 10**9}
-    return TrunkCache(folder=folder, **{**given, **fields})
+    return FrozenCache(folder=folder, **{**given, **fields})
 
 
 class Counting(SplitModel):
-    """Notes the rows whose trunk is computed."""
+    """Notes the rows whose trunk is computed, and how often logits are."""
 
     def __init__(self) -> None:
         super().__init__(tiny_model(), 1)
         self.asked: list[str] = []
+        self.num_logits = 0
+
+    def logits(self, packed: Any, trunks: Any) -> torch.Tensor:
+        self.num_logits += 1
+        return super().logits(packed, trunks)
 
     def trunk(self, rows: Any, batch_tokens: int) -> list[torch.Tensor]:
         self.asked += [row.id for row in rows]
@@ -165,6 +172,39 @@ def test_cached_trunks_equal_computed_ones_and_are_not_computed_again(tmp_path: 
     second = cache_in(tmp_path).trunk(split, rows, 200)
     assert split.asked == [rows[3].id]
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=False))
+
+
+@pytest.mark.parametrize("scope", ["completion", "all"])
+def test_cached_teachers_equal_computed_ones_and_are_not_computed_again(
+    tmp_path: Path, scope: str
+) -> None:
+    split, rows, config = Counting(), token_rows(3), TrainConfig(kl_top_k=5)
+    wanted = teach(split, rows, None, scope, config)
+    cache_in(tmp_path).teach(split, rows, split.trunk(rows, 200), scope, config)
+    split.num_logits = 0
+    found = cache_in(tmp_path).teach(split, rows, None, scope, config)
+    assert split.num_logits == 0
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one.tokens_TK.long(), other.tokens_TK)
+        torch.testing.assert_close(one.log_probs_TK, other.log_probs_TK)
+
+
+def test_teachers_of_other_tokens_positions_or_another_number_share_no_entry(
+    tmp_path: Path,
+) -> None:
+    split, rows, cache = Counting(), token_rows(1), cache_in(tmp_path)
+    later = replace(rows[0], num_prompt=rows[0].num_prompt + 1)
+    for k, asked, scope in (
+        (5, rows, "completion"),
+        (4, rows, "completion"),
+        (5, rows, "all"),
+        (5, [later], "completion"),
+    ):
+        (found,) = cache.teach(split, asked, None, scope, TrainConfig(kl_top_k=k))
+        (wanted,) = teach(split, asked, None, scope, TrainConfig(kl_top_k=k))
+        assert torch.equal(found.tokens_TK.long(), wanted.tokens_TK)
+    cache.trunk(split, rows, 200)
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 @pytest.mark.parametrize("fields", [{"base": "other"}, {"tokenizer": "other"}])
@@ -230,7 +270,7 @@ def test_what_killed_runs_left_is_counted_and_what_is_written_now_stays(tmp_path
 
 
 def test_an_entry_that_another_process_deletes_meanwhile_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "gone.trunk").symlink_to(tmp_path / "nowhere")  # listed, and not there when read
+    (tmp_path / "gone.frozen").symlink_to(tmp_path / "nowhere")  # listed, and not there when read
     assert len(cache_in(tmp_path).trunk(Counting(), token_rows(1), 200)) == 1
 
 
