@@ -36,7 +36,7 @@ _WRITE_S = 60  # a file that grows for longer was left by a killed run
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrozenCache:
-    """Entries follow their SHA-256: a trunk (T, width) in the model's dtype, or a top K.
+    """Entries follow their SHA-256: a trunk (T, width) in the dtype of activations, or a top K.
 
     That is (2, labels, K) in int32, the tokens and then the bits of their fp32 log-probabilities.
     `base` and `tokenizer` are digests.
@@ -105,8 +105,8 @@ class FrozenCache:
         return [entry for entry in found if entry is not None]
 
     def _path(self, split: SplitModel, kind: str, row: TokenRow) -> Path:
-        made_by = f"{self.base}\n{self.tokenizer}\n{split.num_frozen}\n{split.dtype}\n{kind}\n"
-        key = hashlib.sha256(made_by.encode() + row.ids_T.tobytes())
+        by = (self.base, self.tokenizer, split.num_frozen, split.weight_dtype, split.dtype, kind)
+        key = hashlib.sha256(repr(by).encode() + row.ids_T.tobytes())
         return self.folder / (key.hexdigest() + _SUFFIX)
 
     def _evict(self) -> None:

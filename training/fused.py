@@ -100,13 +100,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
         # Flash attention takes no mask, the memory-efficient one no groups of queries.
         num = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(num, 1), value.repeat_interleave(num, 1)
-    dtype = query.dtype
-    if query.is_cpu:  # whose kernel's gradient is four times slower in bf16
-        query, key, value = query.float(), key.float(), value.float()
-        mask = None if mask is None else mask.float()
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    ).to(dtype)
+    )
 
 
 def _mask(num_prefix: int, size: int, like: Tensor) -> Tensor:
@@ -141,7 +137,9 @@ class _Group:
     def __call__(self, input_ND: Tensor, residual_NO: Tensor | None = None) -> Tensor:
         adapted = [module for module in self._modules if not module.disable_adapters]
         if not adapted:
-            plain = functional.linear(input_ND, self._weight, self._bias)
+            plain = times(input_ND, self._weight.T)
+            if self._bias is not None:
+                plain = plain + self._bias
             return plain if residual_NO is None else plain + residual_NO
         found: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]  # torch
             input_ND,
@@ -155,10 +153,15 @@ class _Group:
         return found
 
 
+def times(x: Tensor, frozen: Tensor) -> Tensor:
+    """x·frozen in the dtype of `frozen`, as x's: mixed precision where that is the narrower one."""
+    return (x.to(frozen.dtype) @ frozen).to(x.dtype)
+
+
 class _LoraLinear(torch.autograd.Function):
     """y = residual + x Wᵀ + b + s·[(x Aᵢᵀ) Bᵢᵀ]ᵢ with W, b frozen (Hu et al. 2021, eq. 3).
 
-    A and B are fp32 and multiplied in the dtype of x.
+    A and B are fp32 and multiplied in the dtype of x, W in its own.
     """
 
     @staticmethod
@@ -168,7 +171,12 @@ class _LoraLinear(torch.autograd.Function):
         a_RD = torch.cat(factors[:half]).to(x.dtype)
         bs = [factor.to(x.dtype) for factor in factors[half:]]
         low_NR = x @ a_RD.T
-        y = x @ weight.T if residual is None else torch.addmm(residual, x, weight.T)
+        if residual is None:
+            y = times(x, weight.T)
+        elif x.dtype == weight.dtype:
+            y = torch.addmm(residual, x, weight.T)
+        else:
+            y = times(x, weight.T).add_(residual)
         if bias is not None:
             y += bias
         for out, low, b in zip(_columns(y, bs), low_NR.chunk(half, 1), bs, strict=True):
@@ -187,7 +195,7 @@ class _LoraLinear(torch.autograd.Function):
             out.addmm_(grad, b, beta=0, alpha=ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_NO @ weight).addmm_(back_NR, a_RD)
+            grad_x = times(grad_NO, weight).addmm_(back_NR, a_RD)
         grad_as = (back_NR.T @ x).float().chunk(len(bs))
         lows = low_NR.chunk(len(bs), 1)
         grad_bs = [

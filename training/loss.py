@@ -126,9 +126,9 @@ class _HeadLoss(torch.autograd.Function):
         grad_MD = torch.empty_like(hidden_MD)
         for start in range(0, num, _CHUNK):
             part = slice(start, start + _CHUNK)
-            logits_MV = (hidden_MD[part] @ weight_VD.T).float()
+            logits_MV = (hidden_MD[part].to(weight_VD.dtype) @ weight_VD.T).float()
             found_3M[:, part] = _losses_and_gradient_(logits_MV, _sliced(targets, part))
-            torch.mm(logits_MV.to(weight_VD.dtype), weight_VD, out=grad_MD[part])
+            grad_MD[part] = logits_MV.to(weight_VD.dtype) @ weight_VD
         loss_M, ce_M, kl_M = found_3M.unbind()
         ctx.save_for_backward(grad_MD)
         ctx.mark_non_differentiable(ce_M, kl_M)

@@ -29,6 +29,9 @@ class SplitModel:
     Packed rows and trunks come from the CPU, one copy of each a batch; what is computed stays on
     the model's device. `model` is the plain transformers model; adapters may be attached inside
     it. Kernels "fused" are used where the layers allow it.
+
+    dtype: of activations. The fused layers of a CPU have them in float32 beside weights in bf16,
+    as torch's autocast has: in bf16 the adapter's part is rounded away beside the weights'.
     """
 
     def __init__(
@@ -42,7 +45,6 @@ class SplitModel:
         self._can_split = model.config.model_type in LLAMA_LIKE
         self.num_frozen = num_frozen if self._can_split else 0
         self.device: torch.device = self.head.weight.device
-        self.dtype: torch.dtype = self.head.weight.dtype
         if self._can_split:
             self.decoder = model.model
             self._layers = self.decoder.layers
@@ -50,6 +52,9 @@ class SplitModel:
         if kernels == "fused" and can_fuse(model):
             size = self._layers[0].self_attn.head_dim
             self._fused = [FusedLayer(layer, size) for layer in self._layers]
+        self.weight_dtype: torch.dtype = self.head.weight.dtype
+        is_mixed = self._fused and self.device.type == "cpu"
+        self.dtype = torch.float32 if is_mixed else self.weight_dtype
 
     def trunk(self, rows: Sequence[TokenRow], batch_tokens: int) -> list[Tensor]:
         """Input activations of the first trained layer for each row, (T, width), on the CPU."""
@@ -82,7 +87,8 @@ class SplitModel:
         if not self._can_split:
             return self._whole_logits(packed)
         hidden_ND = self.hidden(packed, trunks)
-        logits: Tensor = self.head(hidden_ND[self.on_device(packed.predict_M)])
+        hidden_MD = hidden_ND[self.on_device(packed.predict_M)]
+        logits: Tensor = self.head(hidden_MD.to(self.weight_dtype))
         return logits
 
     def losses(
@@ -107,7 +113,7 @@ class SplitModel:
             ).logits[0, :-1]
             trunks = self.trunk(rows, 2 * row.num_tokens) if self.num_frozen else None
             gap = float((self.logits(packed, trunks) - alone.repeat(2, 1)).abs().max())
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
+        tolerance = 1e-3 if self.weight_dtype == torch.float32 else 0.1
         if not gap < tolerance * max(1.0, float(alone.abs().max())):
             raise TrainingError(
                 f"logits of packed rows differ by {gap:.2g} from those of a row alone: this cannot "
@@ -133,7 +139,7 @@ class SplitModel:
 
     def _embed(self, packed: Packed) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(self.on_device(packed.ids_N))
-        return embedded
+        return embedded.to(self.dtype)
 
     def _run(self, hidden_ND: Tensor, packed: Packed, part: slice, is_final: bool) -> Tensor:
         if not self._fused:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perennial.infra.errors import ConfigError
 from perennial.training import checkpoint, lora, objective, rounds, trainer
+from perennial.training.batching import pack
 from perennial.training.cache import FrozenCache
 from perennial.training.checkpoint import Cursor, Found
 from perennial.training.config import TrainConfig
@@ -101,6 +102,21 @@ def test_gradients_in_bf16_point_where_those_of_float32_do(tiny: Path, kernels: 
         found.append(torch.cat([w.grad.flatten() for w in lora.trainable(model).values()]))
     assert {grad.dtype for grad in found} == {torch.float32}
     assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.999
+
+
+def test_a_small_change_survives_beside_weights_in_bf16_on_a_cpu(tiny: Path) -> None:
+    changes = []
+    for place in (CPU, BF16):
+        model = adapted(CONFIG, load_model(tiny, place))
+        for name, weight in lora.trainable(model).items():
+            weight.data *= 0.1 if "lora_B" in name else 1.0
+        split = SplitModel(model.get_base_model(), 0, "fused")
+        packed = pack(rows(0, 3), labels=["completion"] * 3)
+        with torch.no_grad():
+            changed = split.hidden(packed, None)
+            with model.disable_adapter():
+                changes.append((changed - split.hidden(packed, None)).flatten())
+    assert torch.cosine_similarity(changes[0], changes[1], dim=0) > 0.99  # all in bf16: 0.98
 
 
 def test_moments_in_bf16_are_float32_and_a_resumed_run_goes_on(tiny: Path, tmp_path: Path) -> None:
@@ -351,7 +367,8 @@ def round_and_score(folder: Path, device: Device, dtype: DType) -> tuple[Any, An
 
 def assert_alike(one: tuple[Any, Any], other: tuple[Any, Any], gap: float) -> None:
     (trained_, scored), (wanted, expected) = one, other
-    assert trained_["last_loss"] == pytest.approx(wanted["last_loss"], rel=gap)
+    # Of one batch, after the roundings of all steps before it: seen 1% in bf16.
+    assert trained_["last_loss"] == pytest.approx(wanted["last_loss"], rel=3 * gap)
     for name in ("base", "new"):
         found, known = (s["results"][name]["s"]["nll"] for s in (scored, expected))
         assert found == pytest.approx(known, rel=gap)
