@@ -154,13 +154,9 @@ def computed_by(settings: Settings, folder: Path) -> Json:
     Raises:
         ConfigError: the settings ask for a GPU that is not there.
     """
-    device, dtype = settings.model.device, settings.model.dtype
+    place = choose_place(settings.model.device, settings.model.dtype)
     # Weights, and in *.json and *.jinja configuration, tokenizer and chat template.
-    return {
-        "model": folder_digest(folder, weights_pattern(folder), "*.j*"),
-        "trains": asdict(choose_place(device, dtype, "train")),
-        "answers": asdict(choose_place(device, dtype, "answer")),
-    }
+    return {"model": folder_digest(folder, weights_pattern(folder), "*.j*"), **asdict(place)}
 
 
 def run_steps(bench: Bench, execute: Execute, console: Console) -> None:

@@ -81,9 +81,7 @@ class ModelSettings(_Section):
         "auto", description="Where rounds train and are judged; `auto`: a GPU if there is one."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Of the frozen weights there; `auto`: bfloat16 where a GPU computes it, or "
-        "where a CPU that trains multiplies it (AVX-512 BF16, AMX).",
+        "auto", description="Of the frozen weights there; `auto`: bfloat16 on a GPU that has it."
     )
     max_batch: int = Field(8, ge=1, le=64, description="Requests answered together at most.")
     max_tokens: int = Field(64, ge=1, le=4096, description="Answer length when a request has none.")

@@ -51,7 +51,7 @@ def run_training(job: TrainJob, out: Path, console: Console) -> None:
     started = time.monotonic()
     base = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     num_threads = choose_threads_once(out / "checkpoints" / "num_threads", job.num_threads)
-    place = choose_place(job.device, job.dtype, "train")
+    place = choose_place(job.device, job.dtype)
     be_deterministic()
     parent = rounds.read_lineage(job.parent_adapter) if job.parent_adapter else None
     model = lora.attach(modelfiles.load_model(base, place), job.config)

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from perennial.infra.settings import fix_cublas_workspace
 from perennial.training.job import Device, DType
 
 _LOG = logging.getLogger(__name__)
-Work = Literal["train", "answer"]
 _Row = TypeVar("_Row")
 _Found = TypeVar("_Found")
 _LOOK_S = 0.5
@@ -35,7 +34,7 @@ _MAX_THREADS = 16  # beyond it a model of this size gains nothing from one more 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a model is computed, and in what its frozen weights and its activations are.
+    """Where a model is computed, and in what its frozen weights are.
 
     Adapter, optimiser, softmax and loss are float32 everywhere.
     """
@@ -52,11 +51,11 @@ class Place:
 CPU = Place(device="cpu", dtype="float32")
 
 
-def choose_place(device: Device, dtype: DType, work: Work) -> Place:
-    """What is asked for; of "auto" a GPU where torch finds one, bf16 where the device computes it.
+def choose_place(device: Device, dtype: DType) -> Place:
+    """What is asked for; of "auto" a GPU where torch finds one, bf16 where that GPU computes it.
 
-    Without such instructions bf16 is 7 times slower on a CPU than float32. What answers there has
-    float32 in any case: it is what serving has.
+    A CPU stays with float32: without AMX or AVX-512 bf16 is 7 times slower, and with them, where a
+    round takes half the time, it was not shown to keep as much (docs/recipe.md).
 
     Raises:
         ConfigError: "cuda" without a GPU that torch can use.
@@ -70,16 +69,8 @@ def choose_place(device: Device, dtype: DType, work: Work) -> Place:
     chosen: Literal["cpu", "cuda"] = "cuda" if has_gpu and device != "cpu" else "cpu"
     if dtype != "auto":
         return Place(device=chosen, dtype=dtype)
-    if chosen == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = work == "train" and multiplies_bf16(torch.cpu.get_capabilities())
-    return Place(device=chosen, dtype="bfloat16" if has_bf16 else "float32")
-
-
-def multiplies_bf16(capabilities: Mapping[str, object]) -> bool:
-    """True for a CPU with instructions for it: on Zen 5 four times as fast as float32."""
-    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
+    is_native = chosen == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return Place(device=chosen, dtype="bfloat16" if is_native else "float32")
 
 
 def choose_threads(wanted: int | None) -> int:

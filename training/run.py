@@ -102,7 +102,7 @@ def run_evaluation(job: EvalJob, out: Path, console: Console) -> None:
     """
     started = time.monotonic()
     choose_threads(job.num_threads)
-    place = choose_place(job.device, job.dtype, "answer")
+    place = choose_place(job.device, job.dtype)
     folder = modelfiles.ensure_base_model(job.base_model, job.cache_dir)
     tokenizer = modelfiles.load_tokenizer(folder)
     model = modelfiles.load_model(folder, place)
@@ -139,7 +139,7 @@ def run_drafting(job: DraftJob, out: Path, console: Console) -> None:
         choose_threads_once(batches / "num_threads", job.num_threads)
 
     def write(folder: Path) -> None:
-        place = choose_place(job.device, job.dtype, "answer")
+        place = choose_place(job.device, job.dtype)
         model, tokenizer = modelfiles.load_model(base, place), modelfiles.load_tokenizer(base)
         with Meter("draft", console) as meter:
             drafts = write_drafts(model, tokenizer, job.num_rows, job.seed, batches, meter)

@@ -28,7 +28,7 @@ from perennial.training.config import TrainConfig
 from perennial.training.evaluate import SuiteRow, base_top_k, evaluate, leave_out_long
 from perennial.training.grading import EvalRow
 from perennial.training.job import Device, DType
-from perennial.training.machine import CPU, Place, Work, choose_place, multiplies_bf16
+from perennial.training.machine import CPU, Place, choose_place
 from perennial.training.mix import Pick, Planned, Source
 from perennial.training.modelfiles import load_model
 from perennial.training.prepared import Sources, prepare
@@ -303,38 +303,16 @@ def test_a_checkpoint_is_restored_to_the_device_of_the_weights(tmp_path: Path) -
     assert devices == {"meta"}
 
 
-@pytest.mark.parametrize("work", ["train", "answer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_asked_for_is_what_is_chosen(dtype: DType, work: Work) -> None:
-    assert choose_place("cpu", dtype, work) == Place(device="cpu", dtype=dtype)
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
-        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, True),
-        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, True),
-        ({"architecture": "aarch64", "neon": True}, False),
-    ],
-)
-def test_a_cpu_multiplies_bf16_only_with_instructions_for_it(
-    capabilities: dict[str, object], expected: bool
-) -> None:
-    assert multiplies_bf16(capabilities) is expected
-
-
-def test_a_cpu_trains_in_what_it_multiplies_faster_and_answers_as_serving_does() -> None:
-    is_fast = multiplies_bf16(torch.cpu.get_capabilities())
-    assert choose_place("cpu", "auto", "train") == (BF16 if is_fast else CPU)
-    assert choose_place("cpu", "auto", "answer") == CPU
+def test_what_is_asked_for_is_what_is_chosen(dtype: DType) -> None:
+    assert choose_place("cpu", dtype) == Place(device="cpu", dtype=dtype)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
-    assert choose_place("auto", "auto", "train").device == "cpu"
+def test_without_a_gpu_auto_is_float32_on_the_cpu_and_cuda_is_refused() -> None:
+    assert choose_place("auto", "auto") == CPU
     with pytest.raises(ConfigError, match="torch finds no GPU; set it to 'auto'"):
-        choose_place("cuda", "auto", "train")
+        choose_place("cuda", "auto")
 
 
 def process(command: str, job: Path, out: Path) -> dict[str, Any]:
@@ -376,19 +354,13 @@ def assert_alike(one: tuple[Any, Any], other: tuple[Any, Any], gap: float) -> No
 
 @pytest.mark.slow
 def test_a_process_trains_and_judges_in_bf16(tmp_path: Path) -> None:
-    plain = round_and_score(tmp_path / "a", "cpu", "float32")
+    plain = round_and_score(tmp_path / "a", "cpu", "auto")
     narrow = round_and_score(tmp_path / "b", "cpu", "bfloat16")
     assert [(s["device"], s["dtype"]) for s in plain] == [("cpu", "float32")] * 2
     assert [(s["device"], s["dtype"]) for s in narrow] == [("cpu", "bfloat16")] * 2
     assert_alike(narrow, plain, LOSS_GAP)
     weights = safetensors.torch.load_file(tmp_path / "b" / "out" / "adapter" / lora.WEIGHTS)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
-
-
-def test_a_process_on_a_cpu_says_in_what_it_trained_and_judged(tmp_path: Path) -> None:
-    found = round_and_score(tmp_path, "cpu", "auto")
-    trains = choose_place("cpu", "auto", "train").dtype
-    assert [s["dtype"] for s in found] == [trains, "float32"]
 
 
 @GPU
