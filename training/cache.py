@@ -67,7 +67,7 @@ class FrozenCache:
         config: TrainConfig,
     ) -> list[TopK]:
         """`teach(split, rows, trunks, scope, config)` of the base, likewise; tokens are int32."""
-        k = min(config.kl_top_k, int(split.model.config.vocab_size))
+        k = min(config.kl_top_k, len(split.head.weight))
 
         def compute(absent: Sequence[int]) -> list[Tensor]:
             known = None if trunks is None else [trunks[index] for index in absent]
