@@ -94,6 +94,8 @@ class FrozenCache:
         compute: Callable[[Sequence[int]], list[Tensor]],
     ) -> list[Tensor]:
         """Each as it is here, or else computed and kept."""
+        if not paths:
+            return []
         self.folder.mkdir(parents=True, exist_ok=True)
         found = [_read(path, shape, dtype) for path, shape in zip(paths, shapes, strict=True)]
         absent = [index for index, entry in enumerate(found) if entry is None]
