@@ -28,6 +28,7 @@ from perennial.training.machine import (
     choose_threads_once,
     peak_rss_mb,
     peaks_mb,
+    telling_out_of_memory,
 )
 from perennial.training.prepared import COMPUTED, Frozen, Sources, split_model, teach
 from perennial.training.progress import ProgressLog
@@ -185,6 +186,7 @@ def _finish(
     return losses
 
 
+@telling_out_of_memory()
 def _keep_teachers(
     model: Any,  # Any: peft
     config: TrainConfig,

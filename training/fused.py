@@ -137,7 +137,7 @@ class _Group:
     def __call__(self, input_ND: Tensor, residual_NO: Tensor | None = None) -> Tensor:
         adapted = [module for module in self._modules if not module.disable_adapters]
         if not adapted:
-            plain = times(input_ND, self._weight.T)
+            plain = _times(input_ND, self._weight.T)
             if self._bias is not None:
                 plain = plain + self._bias
             return plain if residual_NO is None else plain + residual_NO
@@ -153,7 +153,7 @@ class _Group:
         return found
 
 
-def times(x: Tensor, frozen: Tensor) -> Tensor:
+def _times(x: Tensor, frozen: Tensor) -> Tensor:
     """x·frozen in the dtype of `frozen`, as x's: mixed precision where that is the narrower one."""
     return (x.to(frozen.dtype) @ frozen).to(x.dtype)
 
@@ -172,11 +172,11 @@ class _LoraLinear(torch.autograd.Function):
         bs = [factor.to(x.dtype) for factor in factors[half:]]
         low_NR = x @ a_RD.T
         if residual is None:
-            y = times(x, weight.T)
+            y = _times(x, weight.T)
         elif x.dtype == weight.dtype:
             y = torch.addmm(residual, x, weight.T)
         else:
-            y = times(x, weight.T).add_(residual)
+            y = _times(x, weight.T).add_(residual)
         if bias is not None:
             y += bias
         for out, low, b in zip(_columns(y, bs), low_NR.chunk(half, 1), bs, strict=True):
@@ -195,7 +195,7 @@ class _LoraLinear(torch.autograd.Function):
             out.addmm_(grad, b, beta=0, alpha=ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = times(grad_NO, weight).addmm_(back_NR, a_RD)
+            grad_x = _times(grad_NO, weight).addmm_(back_NR, a_RD)
         grad_as = (back_NR.T @ x).float().chunk(len(bs))
         lows = low_NR.chunk(len(bs), 1)
         grad_bs = [

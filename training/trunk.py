@@ -53,8 +53,8 @@ class SplitModel:
             size = self._layers[0].self_attn.head_dim
             self._fused = [FusedLayer(layer, size) for layer in self._layers]
         self.weight_dtype: torch.dtype = self.head.weight.dtype
-        is_mixed = self._fused and self.device.type == "cpu"
-        self.dtype = torch.float32 if is_mixed else self.weight_dtype
+        is_wide = bool(self._fused) and self.device.type == "cpu"
+        self.dtype = torch.float32 if is_wide else self.weight_dtype
 
     def trunk(self, rows: Sequence[TokenRow], batch_tokens: int) -> list[Tensor]:
         """Input activations of the first trained layer for each row, (T, width), on the CPU."""

@@ -171,6 +171,16 @@ def test_an_activation_in_bf16_is_another_entry_of_the_cache(tiny: Path, tmp_pat
     assert sum(sizes.values()) == 6 * 32 + num_tokens * 64 * (4 + 2)
 
 
+def test_trunks_of_other_weights_share_no_entry_where_activations_are_alike(
+    tiny: Path, tmp_path: Path
+) -> None:
+    cache = FrozenCache(folder=tmp_path, base="b", tokenizer="t", max_bytes=10**9)
+    for place in (CPU, BF16):
+        made = cache.trunk(SplitModel(load_model(tiny, place), 1, "fused"), rows(0, 3), 1000)
+        assert {trunk.dtype for trunk in made} == {torch.float32}
+    assert len(list(tmp_path.glob("*.frozen"))) == 6
+
+
 class Apart(TorchDispatchMode):
     """Raises where one operation has tensors of two devices, as a GPU does, and counts copies.
 
