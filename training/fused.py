@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from perennial.training.products import frozen_linear, times
+
 LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _ADAPTER = "default"
 
@@ -137,9 +139,7 @@ class _Group:
     def __call__(self, input_ND: Tensor, residual_NO: Tensor | None = None) -> Tensor:
         adapted = [module for module in self._modules if not module.disable_adapters]
         if not adapted:
-            plain = _times(input_ND, self._weight.T)
-            if self._bias is not None:
-                plain = plain + self._bias
+            plain = frozen_linear(input_ND, self._weight, self._bias)
             return plain if residual_NO is None else plain + residual_NO
         found: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]  # torch
             input_ND,
@@ -151,11 +151,6 @@ class _Group:
             *(module.lora_B[_ADAPTER].weight for module in adapted),
         )
         return found
-
-
-def _times(x: Tensor, frozen: Tensor) -> Tensor:
-    """x·frozen in the dtype of `frozen`, as x's: mixed precision where that is the narrower one."""
-    return (x.to(frozen.dtype) @ frozen).to(x.dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -170,15 +165,10 @@ class _LoraLinear(torch.autograd.Function):
         half = len(factors) // 2
         a_RD = torch.cat(factors[:half]).to(x.dtype)
         bs = [factor.to(x.dtype) for factor in factors[half:]]
-        low_NR = x @ a_RD.T
-        if residual is None:
-            y = _times(x, weight.T)
-        elif x.dtype == weight.dtype:
-            y = torch.addmm(residual, x, weight.T)
-        else:
-            y = _times(x, weight.T).add_(residual)
-        if bias is not None:
-            y += bias
+        low_NR = times(x, a_RD)
+        y = times(x, weight, bias)
+        if residual is not None:
+            y += residual
         for out, low, b in zip(_columns(y, bs), low_NR.chunk(half, 1), bs, strict=True):
             out.addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(x, weight, a_RD, low_NR, *bs)
@@ -195,7 +185,7 @@ class _LoraLinear(torch.autograd.Function):
             out.addmm_(grad, b, beta=0, alpha=ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _times(grad_NO, weight).addmm_(back_NR, a_RD)
+            grad_x = times(grad_NO, weight.T).addmm_(back_NR, a_RD)
         grad_as = (back_NR.T @ x).float().chunk(len(bs))
         lows = low_NR.chunk(len(bs), 1)
         grad_bs = [

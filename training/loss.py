@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from perennial.training.products import times
+
 _CHUNK = 64  # positions whose logits are held at once: 12 MB at a vocabulary of 49,152
 _LEAST = 1e-6  # float rounding can push a sum of probabilities over one
 
@@ -126,9 +128,9 @@ class _HeadLoss(torch.autograd.Function):
         grad_MD = torch.empty_like(hidden_MD)
         for start in range(0, num, _CHUNK):
             part = slice(start, start + _CHUNK)
-            logits_MV = (hidden_MD[part].to(weight_VD.dtype) @ weight_VD.T).float()
+            logits_MV = times(hidden_MD[part], weight_VD).float()
             found_3M[:, part] = _losses_and_gradient_(logits_MV, _sliced(targets, part))
-            grad_MD[part] = logits_MV.to(weight_VD.dtype) @ weight_VD
+            grad_MD[part] = times(logits_MV, weight_VD.T)
         loss_M, ce_M, kl_M = found_3M.unbind()
         ctx.save_for_backward(grad_MD)
         ctx.mark_non_differentiable(ce_M, kl_M)

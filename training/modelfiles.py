@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from perennial.infra import artifacts
 from perennial.infra.errors import ModelMissingError
+from perennial.training import products
 from perennial.training.machine import CPU, Place, telling_out_of_memory
 
 _LOG = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def load_model(folder: Path, place: Place = CPU) -> Any:  # Any: transformers
         )
     except (OSError, ValueError) as error:
         raise ModelMissingError(_missing(str(folder)), model=str(folder)) from error
+    products.speed_up(model)
     return model.requires_grad_(False).eval().to(place.device)
 
 
