@@ -277,6 +277,15 @@ def fix_cublas_workspace() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def bound_onednn_cache() -> None:
+    """Have oneDNN keep few of the kernels that it makes for each shape.
+
+    Otherwise it keeps 1,024, which are 600 MB: the batches of a round have hundreds of sizes. One
+    needs about 20.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
 def setting_keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
     """Every key by its dotted path: `task`, `api.port`, …."""
     for name, field in model.model_fields.items():

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from perennial.infra.settings import bound_onednn_cache
+
 _BY_ONEDNN = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"  # type: ignore[no-untyped-call]  # torch
 )
@@ -34,6 +36,7 @@ def frozen_linear(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) ->
 
 def speed_up(model: nn.Module) -> None:
     """Have the frozen linear layers of `model` multiply by `frozen_linear` from now on."""
+    bound_onednn_cache()
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = _Linear
