@@ -107,6 +107,7 @@ def train_peer(args: argparse.Namespace) -> None:
     import datasets
     import peft
     import torch
+    import transformers
     import trl
 
     torch.set_num_threads(args.threads)
@@ -116,7 +117,7 @@ def train_peer(args: argparse.Namespace) -> None:
     folder = Path(args.base_model)
     tokenizer = modelfiles.load_tokenizer(folder)
     trainer = trl.SFTTrainer(
-        model=modelfiles.load_model(folder),
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list([prepared(tokenizer, row) for row in rows]),
         peft_config=peft.LoraConfig(
