@@ -46,8 +46,8 @@ class TrainConfig:
     epochs: int = 11  # passes over the new rows
     batch_tokens: int = 256  # trained tokens of one step
     max_len: int = 512  # a longer row is left out
-    replay_share: float = 0.21  # of all tokens of an epoch
-    general_share: float = 0.12
+    replay_share: float = 0.20  # of all tokens of an epoch
+    general_share: float = 0.10
     mastered: float = 0.05  # nats a token; a new row under it rests, replay has its tokens; 0: none
     question_dropout: float = 0.3  # chance that a token of a question is left out
     kl_weight: float = 3.0  # of general rows beside cross-entropy
@@ -59,7 +59,7 @@ class TrainConfig:
     preference_beta: float = 0.1
     preference_weight: float = 1.0  # of DPO and KTO beside cross-entropy
     dpo_sft_weight: float = 0.5  # of the cross-entropy of chosen answers, inside DPO
-    shrink: float = 0.9  # ΔW as served over ΔW as trained, in (0, 1]; not of DoRA
+    shrink: float = 0.87  # ΔW as served over ΔW as trained, in (0, 1]; not of DoRA
     checkpoint_steps: int = 20
     kernels: Literal["fused", "plain"] = "fused"  # plain: every product by transformers and PEFT
     cache_mb: int = 2000  # frozen-trunk activations kept on disk across rounds; 0: none
