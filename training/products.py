@@ -13,13 +13,15 @@ from torch.nn import functional
 
 from perennial.infra.settings import bound_onednn_cache
 
-_BY_ONEDNN = (
-    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"  # type: ignore[no-untyped-call]  # torch
-)
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_BY_ONEDNN = _HAS_AVX512 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch
 
 
 def times(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + b, (..., O), computed in the dtype of W and given in that of x; without gradient."""
+    """x·Wᵀ + b, (..., O), computed in the dtype of W and given in that of x; without gradient.
+
+    W is contiguous or the transpose of what is: oneDNN reads columns of a wider matrix very slowly.
+    """
     if _BY_ONEDNN and x.is_cpu and x.dtype == weight_OD.dtype == torch.float32:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OD, bias_O, "none", [], "")
         return product
