@@ -54,8 +54,8 @@ CPU = Place(device="cpu", dtype="float32")
 def choose_place(device: Device, dtype: DType) -> Place:
     """What is asked for; of "auto" a GPU where torch finds one, bf16 where that GPU computes it.
 
-    A CPU stays with float32: without AMX or AVX-512 bf16 is 7 times slower, and with them, where a
-    round takes half the time, it was not shown to keep as much (docs/recipe.md).
+    A CPU stays with float32: without AMX or AVX-512 bf16 is 7 times slower, and with them it saves
+    a tenth of a round's time and was not shown to keep as much (docs/recipe.md).
 
     Raises:
         ConfigError: "cuda" without a GPU that torch can use.
