@@ -61,7 +61,7 @@ class TrainConfig:
     dpo_sft_weight: float = 0.5  # of the cross-entropy of chosen answers, inside DPO
     shrink: float = 0.87  # ΔW as served over ΔW as trained, in (0, 1]; not of DoRA
     checkpoint_steps: int = 20
-    kernels: Literal["fused", "plain"] = "fused"  # plain: every product by transformers and PEFT
+    kernels: Literal["fused", "plain"] = "fused"  # plain: layers as transformers and PEFT have them
     cache_mb: int = 2000  # frozen-trunk activations kept on disk across rounds; 0: none
     seed: int = 0
 
