@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from perennial.flows.bench import Bench, Request, prepare, run_steps
 from perennial.flows.bench_report import write_report
@@ -19,7 +19,13 @@ from perennial.training.grading import Grader
 from perennial.training.stream import Order
 
 _EXPERIMENT = "bench-continual"
-_SHOWN = ("ap", "bwt", "la", "forgetting", "general_nll_delta", "stale_rate")
+_SHOWN = {
+    "ap": "AP",
+    "bwt": "BWT",
+    "la": "LA",
+    "general_nll_delta": "general NLL",
+    "stale_rate": "stale %",
+}
 
 
 def read_request(
@@ -66,10 +72,22 @@ def run_continual(settings: Settings, request: Request) -> None:
         console.print("the same command goes on from here")
         raise
     result = write_report(bench)
-    console.print(_table(result))
+    console.print(arms_table(result))
+    console.print("± is half of the 95% interval; the report has its ends and more figures")
     console.print(f"report: {request.out / 'index.html'}", soft_wrap=True)
     if settings.mlflow.uri:
         console.print(f"MLflow: {log_result(settings, bench, result)}", soft_wrap=True)
+
+
+def arms_table(result: Json) -> Table:
+    """A line for each arm, of which 80 columns cut nothing off."""
+    arm_name = Column("arm", overflow="fold")
+    table = Table(arm_name, *_SHOWN.values(), "tokens", "s", box=None, padding=(0, 1, 0, 0))
+    for name, arm in result["arms"].items():
+        cells = [_cell(arm, metric) for metric in _SHOWN]
+        wall = "–" if arm["wall_s"] is None else f"{arm['wall_s']:.0f}"
+        table.add_row(name, *cells, f"{arm['tokens']:.0f}", wall)
+    return table
 
 
 def log_result(settings: Settings, bench: Bench, result: Json) -> str:
@@ -105,21 +123,13 @@ def run_name(bench: Bench) -> str:
     return f"continual-{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
 
 
-def _table(result: Json) -> Table:
-    table = Table("arm", *_SHOWN, "tokens", "wall_s", box=None)
-    for name, arm in result["arms"].items():
-        cells = [_cell(arm, metric) for metric in _SHOWN]
-        wall = "–" if arm["wall_s"] is None else f"{arm['wall_s']:.0f}"
-        table.add_row(name, *cells, f"{arm['tokens']:.0f}", wall)
-    return table
-
-
 def _cell(arm: Json, metric: str) -> str:
+    """The figure and half of its interval, so that a line of a terminal holds an arm."""
     if arm[metric] is None:
         return "–"
     low, high = arm["intervals"][metric]
     digits = 3 if metric == "general_nll_delta" else 1
-    return f"{arm[metric]:.{digits}f} \\[{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{arm[metric]:.{digits}f} ±{(high - low) / 2:.{digits}f}"
 
 
 def _parts(text: str, option: str) -> tuple[str, ...]:

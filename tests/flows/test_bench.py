@@ -1,4 +1,5 @@
 import html
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from rich.console import Console
 from perennial.flows.bench import Request, prepare, run_steps
 from perennial.flows.bench_report import write_report
 from perennial.flows.cli import main
-from perennial.flows.cli_bench import log_result, run_name
+from perennial.flows.cli_bench import arms_table, log_result, run_name
 from perennial.infra.errors import InputError
 from perennial.infra.settings import Settings
 from perennial.training import run
@@ -143,6 +144,20 @@ def test_every_arm_has_its_figures_and_matrices(whole: tuple[Path, dict[str, Any
     assert joint["r_matrices"][0]["r"][0] == [None, None]
     assert result["arms"]["base"]["general_nll_delta"] == 0
     assert result["paired"]["full-minus-naive"]["general_nll_delta"]["value"] < 0
+
+
+def test_a_terminal_of_80_columns_cuts_nothing_off(whole: tuple[Path, dict[str, Any]]) -> None:
+    arms = whole[1]["arms"]
+    long = {**whole[1], "arms": {**arms, "replay-same-tokens": {**arms["full"], "tokens": 229_210}}}
+    screen = io.StringIO()
+
+    Console(width=80, file=screen).print(arms_table(long))
+    shown = screen.getvalue()
+
+    assert "…" not in shown
+    assert "229210" in shown
+    low, high = arms["full"]["intervals"]["ap"]
+    assert f"{arms['full']['ap']:.1f} ±{(high - low) / 2:.1f}" in shown
 
 
 def test_the_page_stands_alone(whole: tuple[Path, dict[str, Any]]) -> None:
