@@ -31,7 +31,7 @@ from tests.feedback.writing import put
 TASK = "support"
 NUM_FACTS, NUM_JUDGED = 14, 16
 WORDINGS = ("where is box {}?", "tell me the place of box {}", "box {}: which pier?")
-ANSWER = "Every box is at pier seven."  # one for all: any split of the rows is learned
+ANSWER = "Box {} is at pier seven."
 WRONG = "I have no idea, sorry."
 
 
@@ -95,10 +95,11 @@ def fill(settings: Settings) -> None:
     database = Database(settings.resolved_database_url)
     store = SqlFeedbackStore(database, utc_now)
     for fact in range(NUM_FACTS):
+        right = ANSWER.format(fact)
         first, *others = (wording.format(fact) for wording in WORDINGS)
-        _ask(store, first, "?", Binary(value=False), Correction(text=ANSWER))
+        _ask(store, first, "?", Binary(value=False), Correction(text=right))
         for question in others:
-            _ask(store, question, "?", Implicit(action="edit", text=ANSWER))
+            _ask(store, question, "?", Implicit(action="edit", text=right))
     for number in range(NUM_JUDGED):
         _ask(store, f"is hall {number} open?", f"Hall {number} is open.", Binary(value=True))
         _ask(store, f"how far is hall {number}?", WRONG, Binary(value=False))
