@@ -5,9 +5,8 @@
 64 messages of the made stream with the right queue code and a wrong one; 32 others are asked. The
 first five arms see only what their name says, recipe `sft`, questions and change whole: `sft` the
 right codes, `dpo` pairs of both, `kto` a vote for each; TRL's DPOTrainer and KTOTrainer get our
-learning rate, rank and, for pairs, our weight of the right answer's cross-entropy, since their own
-settings learn nothing in so few steps. The last two are rounds as shipped, with general rows: right
-codes alone, and with the pairs, as an edit compiles. Wall time is from loading the model to the
+learning rate, rank and, for pairs, our weight of the right answer's cross-entropy. The last two are
+rounds as shipped, with general rows: right codes alone, and with the pairs, as an edit compiles. Wall time is from loading the model to the
 saved adapter; half an hour a seed on two cores, most of it the peers'.
 `preferred` is the share of questions whose right code is likelier than the wrong one. Prints
 medians and, as the last line, `RESULT {json}`.
