@@ -7,8 +7,7 @@ first five arms see only what their name says, recipe `sft`, questions and chang
 right codes, `dpo` pairs of both, `kto` a vote for each; TRL's DPOTrainer and KTOTrainer get our
 learning rate, rank and, for pairs, our weight of the right answer's cross-entropy. The last two are
 rounds as shipped, with general rows: right codes alone, and with the pairs, as an edit compiles.
-Wall time is from loading the model to the saved adapter; half an hour a seed on two cores, most of it
-the peers'.
+Wall time is from loading the model to the saved adapter; half an hour a seed on two cores.
 `preferred` is the share of questions whose right code is likelier than the wrong one. Prints
 medians and, as the last line, `RESULT {json}`.
 """
