@@ -17,7 +17,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from rig.rounds import (
     medians,
     model,
     process,
+    run_peer,
     seeds,
     write_suite,
 )
@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
     write_rows(out, train)
     write_suites(out, test)
     found = {arm: train_ours(args, out, arm, seed) for arm in OURS}
-    found |= {arm: run_peer(args, arm, seed) for arm in PEERS}
+    found |= {arm: run_peer(__file__, args, arm, seed) for arm in PEERS}
     return {arm: row | found.get(arm, {}) for arm, row in scores(args, out).items()}
 
 
@@ -137,16 +137,6 @@ def train_ours(args: argparse.Namespace, out: Path, arm: str, seed: int) -> Figu
     job = {**model(args), "cache_dir": f"cache-{arm}", **rows, "config": config}
     summary = process(out, "train", job, arm)
     return {name: summary[name] for name in ("wall_s", "peak_rss_mb")}
-
-
-def run_peer(args: argparse.Namespace, arm: str, seed: int) -> Figures:
-    """The same of a peer, from the line that its process prints last."""
-    argv = [sys.executable, __file__, "--arm", arm, "--seeds", str(seed)]
-    for name in ("epochs", "threads", "out", "base_model"):
-        argv += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
-    measured: Figures = json.loads(done.stdout.splitlines()[-1])
-    return measured
 
 
 def train_peer(args: argparse.Namespace) -> None:

@@ -25,6 +25,17 @@ def process(folder: Path, command: str, job: dict[str, Any], name: str) -> dict[
     return summary
 
 
+def run_peer(script: str, args: argparse.Namespace, arm: str, seed: int) -> Figures:
+    """The same figures of another trainer: the line that `script`, run for its arm, prints last."""
+    argv = [sys.executable, script, "--arm", arm, "--seeds", str(seed)]
+    for name in ("rows", "epochs", "threads", "out", "base_model"):
+        if hasattr(args, name):
+            argv += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
+    measured: Figures = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
 def example(id_: str, question: str, answer: str, kind: Kind = "correction") -> Example:
     return Example(id=id_, messages=(("user", question),), completion=answer, kind=kind)
 
