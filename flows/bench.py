@@ -69,7 +69,8 @@ class Execute(Protocol):
 class Request:
     """What a person asked for. `general` is measured on; `general_replay` may be trained on.
 
-    `rows`: at most so many of every file, but for `general_replay`: a round draws its share of it.
+    `rows` and `test_rows`: at most so many of every file to train on, and of every other. Of
+    `general_replay` a round draws its share.
     """
 
     stream: Path
@@ -79,6 +80,7 @@ class Request:
     seeds: tuple[int, ...]
     orders: tuple[Order, ...]
     rows: int | None
+    test_rows: int | None
     graders: Mapping[str, Grader]
     out: Path
 
@@ -297,9 +299,9 @@ def _cost(trained: Path) -> Json:
 
 
 def _read(settings: Settings, request: Request) -> _Rows:
-    probe = _general(request.general, request.rows)
+    probe = _general(request.general, request.test_rows)
     return _Rows(
-        tasks=read_stream(request.stream, request.rows),
+        tasks=read_stream(request.stream, request.rows, request.test_rows),
         general=_replayed(settings, request, probe),
         probe=probe,
     )

@@ -410,6 +410,11 @@ def bench() -> None:
     help="At most so many rows of every file of the stream and of --general, spread over it.",
 )
 @click.option(
+    "--test-rows",
+    type=click.IntRange(1),
+    help="The same of every test file and of --general; --rows by default.",
+)
+@click.option(
     "--grader",
     "graders",
     multiple=True,
@@ -432,6 +437,7 @@ def continual(
     seeds: str,
     order: str,
     rows: int | None,
+    test_rows: int | None,
     graders: tuple[str, ...],
     out: Path,
 ) -> None:
@@ -449,6 +455,7 @@ def continual(
         seeds=seeds,
         order=order,
         rows=rows,
+        test_rows=test_rows,
         graders=graders,
         out=out,
     )

@@ -37,6 +37,7 @@ def read_request(
     seeds: str,
     order: str,
     rows: int | None,
+    test_rows: int | None,
     graders: Sequence[str],
     out: Path,
 ) -> Request:
@@ -53,6 +54,7 @@ def read_request(
         seeds=tuple(_seed(part) for part in _parts(seeds, "--seeds")),
         orders=tuple(_order(part) for part in _parts(order, "--order")),
         rows=rows,
+        test_rows=test_rows or rows,
         graders=dict(_grader(part) for part in graders),
         out=out,
     )

@@ -48,8 +48,10 @@ class Task:
     test: tuple[StreamRow, ...]
 
 
-def read_stream(folder: Path, max_rows: int | None = None) -> tuple[Task, ...]:
-    """The tasks by number, each with at most `max_rows` train and test rows (see `spread`).
+def read_stream(
+    folder: Path, max_rows: int | None = None, max_test_rows: int | None = None
+) -> tuple[Task, ...]:
+    """The tasks by number, each with at most so many train and test rows (see `spread`).
 
     Raises:
         InputError: the folder holds no task, a task lacks one of its files, a file has another
@@ -72,7 +74,7 @@ def read_stream(folder: Path, max_rows: int | None = None) -> tuple[Task, ...]:
         Task(
             name=name,
             train=spread(_rows(parts[name]["train"]), max_rows),
-            test=spread(_rows(parts[name]["test"]), max_rows),
+            test=spread(_rows(parts[name]["test"]), max_test_rows),
         )
         for name in names
     )

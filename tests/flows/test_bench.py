@@ -98,6 +98,7 @@ def request(inputs: Path, out: Path, **fields: Any) -> Request:
         "seeds": (0,),
         "orders": ("given",),
         "rows": None,
+        "test_rows": None,
         "graders": {},
         "out": out,
     }
@@ -179,10 +180,10 @@ def test_rows_of_the_probe_are_never_trained_on(inputs: Path, tmp_path: Path) ->
 
 
 def test_fewer_rows_leave_the_general_rows_to_train_on_whole(inputs: Path, tmp_path: Path) -> None:
-    prepared = prepare(settings(inputs), request(inputs, tmp_path, rows=2))
+    prepared = prepare(settings(inputs), request(inputs, tmp_path, rows=2, test_rows=1))
 
-    assert {(len(task.train), len(task.test)) for task in prepared.tasks} == {(2, 2)}
-    assert len(prepared.probe) == 2
+    assert {(len(task.train), len(task.test)) for task in prepared.tasks} == {(2, 1)}
+    assert len(prepared.probe) == 1
     assert len(prepared.shared.general) == 4
 
 
@@ -286,6 +287,7 @@ def test_what_changes_the_figures_makes_another_run_in_mlflow(inputs: Path, tmp_
         name(seeds=(1,)),
         name(arms=("full",)),
         name(rows=2),
+        name(test_rows=2),
         name(general_replay=tmp_path / "general.jsonl"),
         name(graders={"01-boxes": "contains"}),
     ]
