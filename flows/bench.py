@@ -12,11 +12,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rich.console import Console
 
+from perennial import training
 from perennial.flows.bench_board import StepBoard
 from perennial.flows.processes import Json, model_fields
 from perennial.infra.artifacts import MANIFEST, publish, write_atomic
@@ -32,7 +34,12 @@ from perennial.training.general import PACKAGED_REPLAY, load_general
 from perennial.training.grading import Grader
 from perennial.training.job import left_by
 from perennial.training.machine import choose_place, choose_threads_once
-from perennial.training.modelfiles import ensure_base_model, load_tokenizer, weights_pattern
+from perennial.training.modelfiles import (
+    context_length,
+    ensure_base_model,
+    load_tokenizer,
+    weights_pattern,
+)
 from perennial.training.progress import read_progress
 from perennial.training.stream import (
     Order,
@@ -48,6 +55,8 @@ _MODEL = "model"  # the one adapter, or the base, of an evaluation
 _MAX_NEW_TOKENS = 64
 _SPARE_TOKENS = 8
 _MAX_TEST_LEN = 1024  # tokens; another number would name the results on disk anew
+_CODE = Path(training.__file__).parent
+_PACKAGES = ("perennial-llm", "peft", "torch", "transformers")
 TRAINED = "trained.json"
 
 
@@ -97,6 +106,7 @@ class Bench:
     shared: Shared
     left_out: Mapping[str, int]
     max_new_tokens: int
+    computed_by: Json
     model: Mapping[str, str | int | None]
 
     def steps(self, arm: str, seed: int, order: Order) -> tuple[Step, ...]:
@@ -121,11 +131,12 @@ def prepare(settings: Settings, request: Request) -> Bench:
     folder = ensure_base_model(settings.model.name, settings.model.cache_dir)
     tokenizer = load_tokenizer(folder)
     max_test_len = min(_MAX_TEST_LEN, longest_row(folder))
-    max_len = configs.from_json(overrides).max_len
+    max_len = min(configs.from_json(overrides).max_len, context_length(folder))
     rows = _Fit(tokenizer=tokenizer, max_len=max_len, max_test_len=max_test_len).rows(given)
-    max_new_tokens = min(_MAX_NEW_TOKENS, _longest_answer(tokenizer, rows.tasks) + _SPARE_TOKENS)
+    max_new_tokens = min(_MAX_NEW_TOKENS, _longest_answer(tokenizer, rows) + _SPARE_TOKENS)
     tests = [task.test for task in rows.tasks]
-    salt = _digest([computed_by(settings, folder), max_new_tokens, tests, rows.probe])
+    by = computed_by(settings, folder)
+    salt = _digest([by, max_new_tokens, tests, rows.probe])
     replay_rows, dev_share = settings.training.replay_rows, settings.training.holdout
     bench = Bench(
         request=request,
@@ -138,6 +149,7 @@ def prepare(settings: Settings, request: Request) -> Bench:
         shared=Shared(overrides=overrides, general=rows.general, salt=salt, dev_share=dev_share),
         left_out={name: num - rows.nums[name] for name, num in given.nums.items()},
         max_new_tokens=max_new_tokens,
+        computed_by=by,
         model={
             **model_fields(settings),
             "base_model": str(folder.resolve()),
@@ -151,14 +163,16 @@ def prepare(settings: Settings, request: Request) -> Bench:
 
 
 def computed_by(settings: Settings, folder: Path) -> Json:
-    """What figures depend on beside rows and configuration: the model in the folder, and where.
+    """What figures depend on beside rows and configuration: model, code, and where it runs.
 
     Raises:
         ConfigError: the settings ask for a GPU that is not there.
     """
     place = choose_place(settings.model.device, settings.model.dtype)
     # Weights, and in *.json and *.jinja configuration, tokenizer and chat template.
-    return {"model": folder_digest(folder, weights_pattern(folder), "*.j*"), **asdict(place)}
+    model = folder_digest(folder, weights_pattern(folder), "*.j*")
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"model": model, "code": folder_digest(_CODE, "*.py"), **packages, **asdict(place)}
 
 
 def run_steps(bench: Bench, execute: Execute, console: Console) -> None:
@@ -350,10 +364,11 @@ def _drop_adapters(work: Path, keep: set[str]) -> None:
             shutil.rmtree(folder)
 
 
-def _longest_answer(tokenizer: Any, tasks: Sequence[Task]) -> int:  # Any: transformers
-    """Tokens of the longest answer that a task wants."""
-    answers = (answer for task in tasks for row in task.test for answer in row.outputs)
-    return max(len(encode_text(tokenizer, answer)) for answer in answers)
+def _longest_answer(tokenizer: Any, rows: _Rows) -> int:  # Any: transformers
+    """Tokens of the longest answer that a task or the probe wants."""
+    wanted = [answer for task in rows.tasks for row in task.test for answer in row.outputs]
+    wanted += [row.completion for row in rows.probe]
+    return max(len(encode_text(tokenizer, answer)) for answer in wanted)
 
 
 def _digest(value: object) -> str:

@@ -62,6 +62,7 @@ def _said(result: Json) -> str:
         f"order {orders}",
         f"{result['num_general']} general rows",
         f"{result['num_probe']} rows of the general probe",
+        f"answers of at most {result['max_new_tokens']} tokens",
     ]
     said += [f"{name} {value}" for name, value in result["overrides"].items()]
     too_long = result["left_out_as_too_long"]

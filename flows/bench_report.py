@@ -62,7 +62,7 @@ class Measured:
     runs: Mapping[tuple[int, Order], Run]
     draws: Mapping[Metric, Floats]
     tokens: float
-    wall_s: float | None
+    walls: tuple[float | None, ...]
     peak_rss_mb: float | None
 
 
@@ -151,7 +151,7 @@ def _answers(path: Path) -> list[str]:
 
 
 def _costs(bench: Bench, name: str) -> dict[str, Any]:  # Any: fields of Measured
-    """Means over the runs; None where a time is not known or nothing was trained."""
+    """Of each run the time, None where it is not known or nothing was trained; tokens: the mean."""
     asked = bench.request
     runs = [
         [
@@ -163,12 +163,11 @@ def _costs(bench: Bench, name: str) -> dict[str, Any]:  # Any: fields of Measure
         for order in asked.orders
     ]
     walls = [[step["wall_s"] for step in run] for run in runs]
-    known = [sum(run) for run in walls if run and None not in run]
     peaks = [step["peak_rss_mb"] for run in runs for step in run]
     tokens = [sum(step["num_tokens"] for step in run) for run in runs]
     return {
         "tokens": sum(tokens) / len(tokens),
-        "wall_s": sum(known) / len(known) if known else None,
+        "walls": tuple(sum(run) if run and None not in run else None for run in walls),
         "peak_rss_mb": max(peaks, default=None),
     }
 
@@ -184,6 +183,8 @@ def _result(bench: Bench, arms: Mapping[str, Measured], weights: Weights) -> Jso
         "seeds": list(asked.seeds),
         "orders": list(asked.orders),
         "num_probe": len(bench.probe),
+        "max_new_tokens": bench.max_new_tokens,
+        "computed_by": dict(bench.computed_by),
         "num_general": len(bench.shared.general),
         "left_out_as_too_long": dict(bench.left_out),
         "overrides": dict(bench.shared.overrides),
@@ -201,14 +202,12 @@ def _arm(name: str, arms: Mapping[str, Measured], weights: Weights) -> Json:
         "la_over_single": _ratio(arm, arms.get("single"), "la"),
     }
     every.update((metric, interval(draws)) for metric, draws in arm.draws.items())
-    naive = arms.get("naive")
-    is_timed = naive is not None and naive.wall_s and arm.wall_s
     return {
         "says": ARMS[name].says,
         **{metric: _value(item) for metric, item in every.items()},
         "tokens": arm.tokens,
-        "wall_s": arm.wall_s,
-        "wall_over_naive": arm.wall_s / naive.wall_s if is_timed else None,  # type: ignore[operator, union-attr]  # is_timed
+        "wall_s": _mean([wall for wall in arm.walls if wall is not None]),
+        "wall_over_naive": _wall_over(arm, arms.get("naive")),
         "peak_rss_mb": arm.peak_rss_mb,
         "intervals": {m: [item.low, item.high] for m, item in every.items() if item},
         "r_matrices": [
@@ -216,6 +215,16 @@ def _arm(name: str, arms: Mapping[str, Measured], weights: Weights) -> Json:
             for (seed, order), run in arm.runs.items()
         ],
     }
+
+
+def _wall_over(arm: Measured, naive: Measured | None) -> float | None:
+    """The mean ratio over the runs that were timed in both."""
+    pairs = zip(arm.walls, naive.walls, strict=True) if naive else ()
+    return _mean([ours / theirs for ours, theirs in pairs if ours and theirs])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _ratio(arm: Measured, bound: Measured | None, metric: Metric) -> Interval | None:

@@ -98,7 +98,7 @@ def log_result(settings: Settings, bench: Bench, result: Json) -> str:
 
     store, out = MlflowStore(settings.mlflow.uri), bench.request.out
     run = store.ensure_run(_EXPERIMENT, run_name(bench), {"stream": result["stream"]})
-    keys = ("base_model", "stream", "seeds", "orders", "num_threads", "overrides")
+    keys = ("base_model", "stream", "seeds", "orders", "num_threads", "overrides", "computed_by")
     store.log_params(run, {key: str(result[key]) for key in keys})
     for arm, figures in result["arms"].items():
         for metric in result["units"]:

@@ -19,7 +19,7 @@ from perennial.infra.artifacts import Manifest, publish
 from perennial.infra.settings import Settings, TrainingSettings
 from perennial.registry.rounds import Round
 from perennial.registry.versions import ModelVersion
-from perennial.training.compile import Compiled, compile_feedback, with_enough
+from perennial.training.compile import Compiled, compile_feedback, with_enough, without_overruled
 from perennial.training.contradiction import Contradicted, contradicted
 from perennial.training.diff import Diff, render_diff
 from perennial.training.examples import (
@@ -136,10 +136,11 @@ def _against_the_past(
     # A question that users ask again may be among those to judge by now.
     stay = not_judged([row for row in past.rows if row.id not in ids], apart)
     past = replace(past, rows=stay)
+    compiled = without_overruled(compiled, stay)
     replay = past.resized(settings.replay_rows)
     next_replay = replay.add(new.train, round_.id)
     stays = {row.id for row in next_replay.rows}
-    dev = () if champion is None else _to_blend_by(settings, new.train, replay.rows)
+    dev = () if champion is None else _to_blend_by(settings, round_, new.train, replay.rows)
     untold = (*apart, *dev)
     told = replace(
         compiled,
@@ -170,12 +171,15 @@ def _left_by(deps: Deps, champion: ModelVersion | None) -> tuple[ReplayStore, tu
 
 
 def _to_blend_by(
-    settings: TrainingSettings, new: Sequence[Example], past: Sequence[Example]
+    settings: TrainingSettings, round_: Round, new: Sequence[Example], past: Sequence[Example]
 ) -> tuple[Example, ...]:
-    """Rows to choose a blend of two adapters by, where the recipe asks for one."""
+    """Rows to choose a blend of two adapters by, where the recipe asks for one.
+
+    Each round draws others, so that a row that is not trained on now is so later.
+    """
     if settings.overrides.get("start") != "blend":
         return ()
-    parts = [split_holdout(rows, settings.holdout) for rows in (new, past)]
+    parts = [split_holdout(rows, settings.holdout, draw=round_.id) for rows in (new, past)]
     return tuple(row for part in parts for row in part.judge)
 
 

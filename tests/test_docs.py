@@ -1,6 +1,7 @@
 """The docs say what there is: settings, commands, routes, error codes, links."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from perennial.feedback.keys import open_access
 from perennial.flows.cli import main
 from perennial.flows.cli_settings import settings_table
 from perennial.infra import errors
+from perennial.training.arms import ARMS
 from perennial.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -25,18 +27,28 @@ def test_every_command_is_documented_and_has_help() -> None:
     text = (DOCS / "operations.md").read_text()
 
     assert [name for name in main.commands if f"`perennial {name}`" not in text] == []
-    assert [name for name, command in main.commands.items() if not command.help] == []
+    assert [name for name, command in every_command() if not command.help] == []
 
 
 def test_every_option_has_help() -> None:
     silent = [
         f"{name} {option.name}"
-        for name, command in main.commands.items()
+        for name, command in every_command()
         for option in command.params
         if isinstance(option, click.Option) and not option.help
     ]
 
     assert silent == []
+
+
+def every_command(
+    group: click.Group = main, before: str = ""
+) -> Iterator[tuple[str, click.Command]]:
+    """Commands with their whole names, those of groups as well."""
+    for name, command in group.commands.items():
+        yield f"{before}{name}", command
+        if isinstance(command, click.Group):
+            yield from every_command(command, f"{before}{name} ")
 
 
 def test_every_route_is_documented() -> None:
@@ -70,6 +82,15 @@ def test_every_option_of_the_search_is_documented() -> None:
 
     assert len(options) > 5
     assert [name for name in options if f"`{name}`" not in text] == []
+
+
+def test_every_option_and_arm_of_the_continual_benchmark_is_documented() -> None:
+    text = (DOCS / "benchmarks.md").read_text()
+    continual = dict(every_command())["bench continual"]
+    options = [option.opts[0] for option in continual.params]
+
+    assert len(options) > 8
+    assert [name for name in (*options, *ARMS) if f"`{name}" not in text] == []
 
 
 def test_links_between_pages_resolve() -> None:

@@ -21,9 +21,15 @@ from perennial.training.recipes import shares_of
 from perennial.training.replay import ReplayStore
 from perennial.training.stream import Task
 
+_OF_GENERAL = ("general_share", "kl_weight", "general_blend", "kl_budget")
 _EVERY_LAYER = 10_000  # more than any model has
 # Any: fields of TrainConfig
-_BARE: Mapping[str, Any] = {"kl_budget": 0.0, "shrink": 1.0}
+_BARE: Mapping[str, Any] = {
+    "kl_budget": 0.0,
+    "shrink": 1.0,
+    "start": "parent",
+    "rebuild_every": 0,
+}
 _PLAIN: Mapping[str, Any] = {**_BARE, "recipe": "replay", "mastered": 0.0}
 _ALONE: Mapping[str, Any] = {**_BARE, "recipe": "sft"}
 
@@ -85,7 +91,7 @@ ARMS: Mapping[str, Arm] = {
         says="full, old and new adapter blended as dev rows like it", overrides={"start": "blend"}
     ),
     "joint": Arm(
-        says="all tasks at once: the upper bound",
+        says="all tasks at once: the usual upper bound",
         rounds="all-at-once",
         has_general=False,
         overrides=_ALONE,
@@ -201,17 +207,18 @@ def _step(
     general = shared.general if arm.has_general else ()
     config = _config(shared, arm, seed, has_past=bool(past))
     config = _read(config, has_replay=bool(replay), has_general=bool(general))
-    known = None if config.start == "base" else parent
     dev: tuple[Example, ...] = ()
-    if known and config.start == "blend":
-        for_new, for_past = (split_holdout(rows, shared.dev_share) for rows in (new, replay))
+    if parent and config.start == "blend":
+        for_new, for_past = (
+            split_holdout(rows, shared.dev_share, draw=str(index)) for rows in (new, replay)
+        )
         new, replay, dev = for_new.train, for_past.train, (*for_new.judge, *for_past.judge)
     sources = (new, replay, general, dev) if dev else (new, replay, general)
     return Step(
-        key=_digest(shared, config, known, examined, *sources),
+        key=_digest(shared, config, parent, examined, *sources),
         index=index,
         config=config,
-        parent=known,
+        parent=parent,
         examined=examined,
         new=new,
         replay=replay,
@@ -238,7 +245,7 @@ def _read(config: TrainConfig, *, has_replay: bool, has_general: bool) -> TrainC
     """The config without what no row asks for, so that steps that differ only there are one."""
     unread = {} if has_replay else dict.fromkeys(("replay_share", "mastered"), 0.0)
     if not has_general:
-        unread |= dict.fromkeys(("general_share", "kl_weight", "general_blend"), 0.0)
+        unread |= dict.fromkeys(_OF_GENERAL, 0.0)
     return configs.from_json(config.to_json() | unread)
 
 

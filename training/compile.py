@@ -25,7 +25,7 @@ from perennial.training.examples import (
     prompt_key,
 )
 from perennial.training.similar import Said, near_duplicates
-from perennial.training.text import clean, normalise, words
+from perennial.training.text import clean, normalise
 
 _WRITTEN: Mapping[str, Kind] = {
     "correction": "correction",
@@ -148,8 +148,10 @@ def compile_feedback(rows: Iterable[FeedbackRow], limits: CompileLimits) -> Comp
     usable = _capped(_usable(ordered, limits, drops), limits, drops)
     written = [row for row in usable if row.kind in _WRITTEN]
     judged = [row for row in usable if row.kind in _JUDGED]
-    examples = _distinct(_newest_answers(written, drops), limits, drops)
-    judgements = _distinct(_newest_labels(judged, examples, drops), limits, drops)
+    answers = _newest_answers(written, drops)
+    examples = _distinct(answers, limits, drops)
+    labels = _not_overruled(_newest_labels(judged, drops), answers, drops)
+    judgements = _distinct(labels, limits, drops)
     pairs = _pairs(examples, {row.event_id: row for row in written})
     return Compiled(
         examples=tuple(examples),
@@ -157,6 +159,13 @@ def compile_feedback(rows: Iterable[FeedbackRow], limits: CompileLimits) -> Comp
         judgements=tuple(judgements),
         drops=MappingProxyType(drops),
     )
+
+
+def without_overruled(compiled: Compiled, past: Sequence[Example]) -> Compiled:
+    """Without the judgements that speak against what earlier rounds were taught."""
+    drops = dict(compiled.drops)
+    judgements = _not_overruled(compiled.judgements, past, drops)
+    return replace(compiled, judgements=tuple(judgements), drops=MappingProxyType(drops))
 
 
 def with_enough(compiled: Compiled, limits: CompileLimits) -> Compiled:
@@ -241,7 +250,7 @@ def _misfit(row: FeedbackRow, limits: CompileLimits) -> Drop | None:
     taught = row.text if row.kind in _WRITTEN else row.answer
     used = (row.text, row.answer) if row.kind in _PREFERRED else (taught,)
     asked = [content for role, content in row.messages if role == "user"]
-    if not words(taught) or not any(words(content) for content in asked):
+    if not normalise(taught) or not any(normalise(content) for content in asked):
         return Drop.EMPTY
     num_chars = sum(len(content) for _, content in row.messages)
     longest = max(map(len, used))
@@ -285,24 +294,13 @@ def _newest_answers(rows: Sequence[FeedbackRow], drops: dict[str, Drop]) -> list
     return examples
 
 
-def _newest_labels(
-    rows: Sequence[FeedbackRow], examples: Sequence[Example], drops: dict[str, Drop]
-) -> list[Judgement]:
-    """One judgement for each answer to a prompt; what users say counts before what they do.
-
-    What somebody wrote for a prompt overrules clicks that praise another answer or reject this one.
-    """
-    written = {example.prompt_key: normalise(example.completion) for example in examples}
+def _newest_labels(rows: Sequence[FeedbackRow], drops: dict[str, Drop]) -> list[Judgement]:
+    """One judgement for each answer to a prompt; what users say counts before what they do."""
     judgements = []
     for group in _grouped(rows, _judged_key):
         ruling = max(group, key=lambda row: (row.kind != "implicit", *_age(row)))
         assert ruling.label is not None  # the others were refused as unclear
         agreeing = [row for row in group if row.label == ruling.label]
-        wanted = written.get(prompt_key(ruling.messages))
-        is_wanted = normalise(ruling.answer) == wanted
-        if wanted is not None and is_wanted != (ruling.label == "desirable"):
-            drops.update((row.event_id, Drop.OVERRULED) for row in group)
-            continue
         _drop_others(ruling, group, agreeing, drops)
         judgements.append(
             Judgement(
@@ -314,6 +312,22 @@ def _newest_labels(
             )
         )
     return judgements
+
+
+def _not_overruled(
+    rows: Sequence[Judgement], examples: Sequence[Example], drops: dict[str, Drop]
+) -> list[Judgement]:
+    """Without those that praise another answer than somebody wrote for the prompt, or reject it."""
+    written = {example.prompt_key: normalise(example.completion) for example in examples}
+    kept = []
+    for row in rows:
+        wanted = written.get(row.prompt_key)
+        is_wanted = normalise(row.completion) == wanted
+        if wanted is None or is_wanted == (row.label == "desirable"):
+            kept.append(row)
+        else:
+            drops.update((origin.event_id, Drop.OVERRULED) for origin in row.origins)
+    return kept
 
 
 def _judged_key(row: FeedbackRow) -> tuple[str, str]:

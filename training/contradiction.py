@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from perennial.training.examples import Example
-from perennial.training.text import TfIdf, cosine, fit_tfidf, normalise, numbers, words
+from perennial.training.text import TfIdf, cosine, fit_tfidf, normalise, particulars, words
 
 _MIN_ANSWER = 0.3
 _MIN_QUESTION = 0.15
@@ -35,7 +35,7 @@ def contradicted(old: Sequence[Example], new: Sequence[Example]) -> tuple[Contra
     Measured on the demo's desk with any one to three wordings of each side: the four changed facts
     reach 0.60 or more, any other pair with answers alike 0.42 or less.
 
-    Guards keep what only fills the same template. Questions with other numbers, and answers
+    Guards keep what only fills the same template. Questions with other particulars, and answers
     that each repeat a word of half their questions that the other side never says ("the lamp
     works", "the fax of sales is 12" beside "the phone of sales is 34"), are about other things.
     An answer to more than `_MAX_WORDINGS` questions may be a class label: each old row then
@@ -73,7 +73,7 @@ class _Measure:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Asked:
     vector: Mapping[str, float]
-    numbers: frozenset[str]
+    particulars: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +128,9 @@ def _statement(key: str, rows: tuple[Example, ...], measure: _Measure) -> _State
         rows=rows,
         answer=measure.answers.vector(key),
         asked=tuple(
-            _Asked(vector=measure.questions.vector(row.question), numbers=numbers(row.question))
+            _Asked(
+                vector=measure.questions.vector(row.question), particulars=particulars(row.question)
+            )
             for row in rows
         ),
         num_wordings=len(rows),
@@ -175,5 +177,6 @@ def _closest(old: _Statement, new: _Statement) -> Example:
 
 
 def _differ(left: _Asked, right: _Asked) -> bool:
-    """Whether both questions have numbers, and not the same."""
-    return bool(left.numbers and right.numbers and left.numbers != right.numbers)
+    """Whether both questions have particulars, and not the same."""
+    ours, theirs = left.particulars, right.particulars
+    return bool(ours and theirs and ours != theirs)

@@ -5,7 +5,6 @@ that is too long is left out for every adapter alike, and named. The verdict ove
 to the registry.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from perennial.training.examples import Example
 from perennial.training.generate import generate
 from perennial.training.grading import EvalRow, is_right
 from perennial.training.loss import TopK, forward_kl, top_k
+from perennial.training.modelfiles import context_length
 from perennial.training.rows import LeftOut
 from perennial.training.tokens import TokenRow, encode_example
 from perennial.training.trunk import SplitModel
@@ -70,8 +70,7 @@ class SuiteRow:
 
 def longest_row(model_folder: Path) -> int:
     """Tokens that a row may have to be scored: no more than the model's context holds."""
-    config = json.loads((model_folder / "config.json").read_bytes())
-    return min(_MAX_LEN, int(config.get("max_position_embeddings") or _MAX_LEN))
+    return min(_MAX_LEN, context_length(model_folder))
 
 
 def leave_out_long(

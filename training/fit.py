@@ -104,7 +104,8 @@ def _learn(
     fresh, checkpoints = lora.state(model), out / "checkpoints"
     beginning = rounds.begin(job.config, parent, checkpoint.read_spent(checkpoints, job.digest))
     is_rebuild = parent is not None and beginning.start == "base"
-    rows = rows_of_job(job, modelfiles.load_tokenizer(base), is_rebuild=is_rebuild)
+    tokenizer, context = modelfiles.load_tokenizer(base), modelfiles.context_length(base)
+    rows = rows_of_job(job, tokenizer, context, is_rebuild=is_rebuild)
     _load_start(model, job, beginning.start)
     trained = _train(model, rows.sources, job, checkpoints, frozen, console)
     if trained.num_steps:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from perennial.infra.errors import InputError
 from perennial.training.examples import Turn, read_jsonl, turns
-from perennial.training.text import words
+from perennial.training.text import normalise, words
 
 Rule = Literal["must", "exact", "contains", "none"]
 Grader = Literal["exact", "contains", "rouge_l", "json_fields"]
@@ -44,7 +44,7 @@ class EvalRow:
 
 
 def is_right(row: EvalRow, answer: str) -> bool:
-    """Whether the answer passes; case, punctuation and spacing do not count.
+    """Whether the answer passes; case, punctuation and spacing do not count, signs do.
 
     >>> row = EvalRow(id="q", messages=(("user", "?"),), reference="", rule="must",
     ...               must=(("38 days", "thirty-eight days"),), forbid=("64 days",))
@@ -184,4 +184,4 @@ def _bare(text: str) -> str:
 
 def _padded(text: str) -> str:
     # Spaces at both ends make "38 days" miss "138 days".
-    return f" {' '.join(words(text))} "
+    return f" {normalise(text)} "

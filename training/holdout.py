@@ -24,7 +24,7 @@ class Holdout:
     judge: tuple[Example, ...]
 
 
-def split_holdout(examples: Sequence[Example], share: float) -> Holdout:
+def split_holdout(examples: Sequence[Example], share: float, draw: str = "") -> Holdout:
     """About `share` of the rows to judge by, at most one for each wanted answer.
 
     Rows are ranked by the digest of their id, so that nobody can choose. Answers with three or more
@@ -33,6 +33,7 @@ def split_holdout(examples: Sequence[Example], share: float) -> Holdout:
     Args:
         examples: any number of rows.
         share: in (0, 1).
+        draw: another one chooses other rows.
 
     Raises:
         InputError: `share` is not inside (0, 1).
@@ -41,7 +42,10 @@ def split_holdout(examples: Sequence[Example], share: float) -> Holdout:
         raise InputError(f"share must be inside (0, 1), got {share}")
     counts = Counter(normalise(example.completion) for example in examples)
     wanted = round(share * len(examples))
-    ranked = sorted(examples, key=lambda e: (counts[normalise(e.completion)] < _ENOUGH, _rank(e)))
+    ranked = sorted(
+        examples,
+        key=lambda e: (counts[normalise(e.completion)] < _ENOUGH, _rank(f"{draw}{e.id}")),
+    )
     taken: dict[str, str] = {}
     for example in ranked:
         if len(taken) == wanted:
@@ -60,5 +64,5 @@ def not_judged(rows: Sequence[Row], judge: Sequence[Example]) -> tuple[Row, ...]
     return tuple(row for row in rows if row.prompt_key not in keys)
 
 
-def _rank(example: Example) -> str:
-    return hashlib.sha256(example.id.encode()).hexdigest()
+def _rank(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()

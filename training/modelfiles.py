@@ -5,7 +5,9 @@ is; anything else is a Hugging Face id and must already be on this machine or be
 """
 
 import importlib.metadata
+import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,12 @@ def load_model(folder: Path, place: Place = CPU) -> Any:  # Any: transformers
 def weights_pattern(folder: Path) -> str:
     """The files that `load_model` reads weights from: transformers prefers safetensors."""
     return "*.safetensors" if any(folder.glob("model.safetensors*")) else "*.bin"
+
+
+def context_length(folder: Path) -> int:
+    """Tokens that the model was made for; a model that does not say so has no bound."""
+    config = json.loads((folder / "config.json").read_bytes())
+    return int(config.get("max_position_embeddings") or sys.maxsize)
 
 
 def load_tokenizer(folder: Path) -> Any:  # Any: transformers

@@ -45,7 +45,7 @@ class BatchLoss:
     row_losses: Mapping[str, float]
 
 
-def sums(prepared: Prepared, batch: Batch, config: TrainConfig) -> Sums:
+def sums(prepared: Prepared, batch: Batch) -> Sums:
     """How many labels, general positions, pairs and judged answers the batch has."""
     num: Counter[str] = Counter()
     for pick in batch:

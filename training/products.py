@@ -5,6 +5,7 @@ than Intel's; oneDNN uses it, at 2.1 to 2.4 times the speed on those with 150 ro
 576 to 3,072 (Zen 5, one thread), with the same numbers but for rounding.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,19 +14,22 @@ from torch.nn import functional
 
 from perennial.infra.settings import bound_onednn_cache
 
-_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-_BY_ONEDNN = _HAS_AVX512 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch
-
-
 def times(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b, (..., O), computed in the dtype of W and given in that of x; without gradient.
 
     W is contiguous or the transpose of what is: oneDNN reads columns of a wider matrix very slowly.
     """
-    if _BY_ONEDNN and x.is_cpu and x.dtype == weight_OD.dtype == torch.float32:
+    if is_by_onednn() and x.is_cpu and x.dtype == weight_OD.dtype == torch.float32:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OD, bias_O, "none", [], "")
         return product
     return functional.linear(x.to(weight_OD.dtype), weight_OD, bias_O).to(x.dtype)
+
+
+@cache
+def is_by_onednn() -> bool:
+    """Whether oneDNN is the faster one on this CPU."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_avx512 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch
 
 
 def frozen_linear(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:

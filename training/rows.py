@@ -43,15 +43,23 @@ class Rows:
     left_out: tuple[LeftOut, ...]
 
 
-def rows_of_job(job: TrainJob, tokenizer: Any, *, is_rebuild: bool) -> Rows:  # Any: transformers
+def rows_of_job(
+    job: TrainJob,
+    tokenizer: Any,  # Any: transformers
+    context: int,
+    *,
+    is_rebuild: bool,
+) -> Rows:
     """The job's rows; an adapter that is rebuilt from the base learns its replayed rows as new.
+
+    context: tokens that the model was made for; no row is longer, whatever `max_len` allows.
 
     Raises:
         InputError: there is no new row, or none fits.
         ConfigError: the start is "blend" and there is no row to choose α by.
     """
     left_out: list[LeftOut] = []
-    max_len = job.config.max_len
+    max_len = min(job.config.max_len, context)
 
     def encoded(rows: Sequence[Example]) -> tuple[TokenRow, ...]:
         return _fitting(rows, lambda row: encode_example(tokenizer, row, max_len), left_out)
@@ -71,14 +79,15 @@ def rows_of_job(job: TrainJob, tokenizer: Any, *, is_rebuild: bool) -> Rows:  # 
         replay=replay,
         general=general,
         pairs=_fitting(pairs, lambda row: encode_pair(tokenizer, row, max_len), left_out),
-        judgements=_judgements(tokenizer, judged, job, left_out),
+        judgements=_judgements(tokenizer, judged, max_len, job.config.seed, left_out),
         teachers=read_teachers(job.teachers, replay, job.config.kl_top_k) if job.teachers else {},
     )
     if not sources.new and not sources.pairs and not sources.judgements:
         if not given and not pairs and not judged:
             raise InputError(f"{job.train_rows} is empty, and no pair or judgement is given")
         raise InputError(
-            f"no row of {job.train_rows} fits in max_len {max_len} tokens; raise max_len"
+            f"no row of {job.train_rows} fits in {max_len} tokens; raise max_len, which is "
+            f"{job.config.max_len}, or shorten them: the model's context is {context}"
         )
     return Rows(sources=sources, dev=dev, left_out=tuple(left_out))
 
@@ -86,11 +95,11 @@ def rows_of_job(job: TrainJob, tokenizer: Any, *, is_rebuild: bool) -> Rows:  # 
 def _judgements(
     tokenizer: Any,  # Any: transformers
     rows: Sequence[Judgement],
-    job: TrainJob,
+    max_len: int,
+    seed: int,
     left_out: list[LeftOut],
 ) -> tuple[JudgedRows, ...]:
     """Groups of those that fit; none if one label alone is left, which would only push one way."""
-    max_len = job.config.max_len
     known = {row.id: row for row in rows}
     encoded = _fitting(rows, lambda row: encode_example(tokenizer, row, max_len), left_out)
     fitting = [known[row.id] for row in encoded]
@@ -98,7 +107,7 @@ def _judgements(
         if rows:
             _LOG.warning("no judgement is trained on: those that fit have not both labels")
         return ()
-    return encode_judged(tokenizer, fitting, class_weights(fitting), max_len, job.config.seed)
+    return encode_judged(tokenizer, fitting, class_weights(fitting), max_len, seed)
 
 
 def _fitting(

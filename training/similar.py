@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from perennial.training.text import numbers, words
+from perennial.training.text import particulars, words
 
 Shingles = frozenset[str]
 Weigh = Callable[[str], float]
@@ -30,13 +30,13 @@ def near_duplicates(rows: Sequence[Said], threshold: float) -> list[bool]:
     """True for each row that says almost what an earlier one that is no duplicate says.
 
     Question and answer must each have a weighted Jaccard similarity of `threshold` or more, and the
-    same words with a digit: "within 30 days" is never "within 14 days". Shingles are words and
+    same particulars: "within 30 days" is never "within 14 days". Shingles are words and
     pairs of neighbours, so that order counts, and weigh by how rare they are, so that instructions
     that all questions share do not make them alike.
     """
     asked = [shingles(row.asked) for row in rows]
     told = [shingles(row.told) for row in rows]
-    digits = [numbers(f"{row.asked} {row.told}") for row in rows]
+    details = [particulars(f"{row.asked} {row.told}") for row in rows]
     weigh = _rarity((*asked, *told))
     kept_with: dict[tuple[str, str], list[int]] = defaultdict(list)
     flags: list[bool] = []
@@ -44,7 +44,7 @@ def near_duplicates(rows: Sequence[Said], threshold: float) -> list[bool]:
         keys = [(row.context, shingle) for shingle in _prefix(asked[this], weigh, threshold)]
         flags.append(
             any(
-                digits[this] == digits[other]
+                details[this] == details[other]
                 and similarity(told[this], told[other], weigh) >= threshold
                 and similarity(asked[this], asked[other], weigh) >= threshold
                 for other in {other for key in keys for other in kept_with[key]}

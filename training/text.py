@@ -12,11 +12,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import regex  # Unicode's classes, which `re` lacks
+
 _KEPT_CONTROLS = frozenset("\n\t")
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
 _LINE_ENDS = re.compile("\r\n|[\r\x85\u2028\u2029]")
-_WORD = re.compile(r"\w+(?:[.,:]\d+)*")
-_SPACES = re.compile(r"[ \t]+")
+# Script and glyph variants can carry hidden bytes; those that make a sign an emoji stay, once.
+_VARIANTS = re.compile("[\ufe00-\ufe0d\U000e0100-\U000e01ef]|(?<=[\ufe0e\ufe0f])[\ufe0e\ufe0f]")
+_INVISIBLE = regex.compile(r"\p{Cf}|[\ufe00-\ufe0f]")
+_DASHES = str.maketrans("–−", "--")
+# Scripts without spaces between words: each letter is one.
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_PART = r"(?:[.,:]\d+)*"
+_WORD = rf"[\w--{_UNSPACED}]+{_PART}|{_UNSPACED}\p{{M}}*|(?<!\w)-\d\w*{_PART}"
+_SIGN = r"[\p{Sm}\p{Sc}\p{So}%\&@\^]|(?<=\w)\#|(?<=\d\s?)[*/](?=\s?\d)"
+_WORDS, _SIGNS, _TOKENS = (
+    regex.compile(pattern, regex.VERSION1) for pattern in (_WORD, _SIGN, f"{_WORD}|{_SIGN}")
+)
 
 
 def clean(text: str) -> str:
@@ -27,32 +39,39 @@ def clean(text: str) -> str:
     >>> clean("pay\u202e 5\u200b €\r\n ")
     'pay 5 €'
     """
-    composed = unicodedata.normalize("NFC", _LINE_ENDS.sub("\n", text))
-    kept = (
+    kept = "".join(
         char
-        for char in composed
+        for char in _LINE_ENDS.sub("\n", text)
         if char in _KEPT_CONTROLS or unicodedata.category(char) not in _HIDDEN_CATEGORIES
     )
-    return "".join(kept).strip()
+    return unicodedata.normalize("NFC", _VARIANTS.sub("", kept)).strip()
 
 
 def normalise(text: str) -> str:
-    """What two spellings of one question share: case-folded words with single spaces.
+    """What two spellings of one text share: case-folded words and signs with single spaces.
 
-    >>> normalise("How long  is the Warranty?!")
-    'how long is the warranty'
+    Signs are what mathematics, money, emoji and names like C# are told apart by; a bracket, a quote
+    or a full stop is none.
+
+    >>> normalise("How long  is the Warranty in C++?!")
+    'how long is the warranty in c + +'
     """
-    return " ".join(words(text))
+    return " ".join(_TOKENS.findall(_folded(text)))
 
 
 def words(text: str) -> list[str]:
-    """Case-folded words; a number keeps its decimal and time separators ("9.99", "18:30")."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    """Case-folded words; a number keeps its sign and separators ("-5", "9.99", "18:30").
+
+    In scripts without spaces between words each letter is one.
+    """
+    return list(_WORDS.findall(_folded(text)))
 
 
-def numbers(text: str) -> frozenset[str]:
-    """The words with a digit in them: what tells "box 3" from "box 14"."""
-    return frozenset(word for word in words(text) if any(char.isdigit() for char in word))
+def particulars(text: str) -> frozenset[str]:
+    """Signs, and words with a digit: what tells "box 3" from "box 14" and "C++" from "C#"."""
+    folded = _folded(text)
+    numbers = (word for word in _WORDS.findall(folded) if any(char.isdigit() for char in word))
+    return frozenset((*numbers, *_SIGNS.findall(folded)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +87,12 @@ class TfIdf:
         weights = {term: n * self.idf.get(term, self.unseen) for term, n in counts.items()}
         norm = math.sqrt(sum(weight * weight for weight in weights.values()))
         return {term: weight / norm for term, weight in weights.items()}
+
+
+def _folded(text: str) -> str:
+    """One case, one minus, nothing invisible."""
+    seen = _INVISIBLE.sub("", text)
+    return unicodedata.normalize("NFKC", seen).casefold().translate(_DASHES)
 
 
 def cosine(left: Mapping[str, float], right: Mapping[str, float]) -> float:

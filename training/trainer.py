@@ -176,7 +176,7 @@ def gradients(
         OutOfMemoryError: a part of one row, pair or group of judged answers does not fit.
     """
     step, batch = planned.step, planned.batch
-    over = objective.sums(prepared, batch, config)
+    over = objective.sums(prepared, batch)
     while True:
         optimizer.zero_grad(set_to_none=True)
         parts = []

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from perennial import training
 from perennial.flows.bench import Request, prepare, run_steps
 from perennial.flows.bench_report import write_report
 from perennial.flows.cli import main
@@ -98,7 +99,7 @@ def request(inputs: Path, out: Path, **fields: Any) -> Request:
         "seeds": (0,),
         "orders": ("given",),
         "rows": None,
-        "test_rows": None,
+        "test_rows": fields.get("rows"),
         "graders": {},
         "out": out,
     }
@@ -223,12 +224,14 @@ def test_replayed_rows_have_the_teachers_of_their_round(inputs: Path, tmp_path: 
 
 def test_every_start_goes_on_from_what_the_round_before_left(inputs: Path, tmp_path: Path) -> None:
     execute = InProcess()
-    bench(inputs, tmp_path, execute, arms=("slow-fast", "blend"))
+    bench(inputs, tmp_path, execute, arms=("slow-fast", "blend", "from-base"))
 
     starts = [found["start"]["start"] for found in execute.trained]
-    assert starts == ["base", "slow-fast", "base", "blend"]
-    assert [found["num_taught"] for found in execute.trained] == [0, 3, 0, 3]
+    assert starts == ["base", "slow-fast", "base", "blend", "base", "base"]
+    assert [found["num_taught"] for found in execute.trained] == [0, 3, 0, 3, 0, 0]
     assert execute.trained[3]["dev_loss_by_alpha"]
+    # What a round from the base replays it learns as new: three of the first round's four rows.
+    assert [found["num_rows"]["new"] for found in execute.trained[4:]] == [4, 7]
 
 
 def test_both_orders_and_seeds_are_runs_of_an_arm(inputs: Path, tmp_path: Path) -> None:
@@ -293,6 +296,32 @@ def test_what_changes_the_figures_makes_another_run_in_mlflow(inputs: Path, tmp_
     ]
     assert len({name(), *others}) == 1 + len(others)
     assert name() == name(out=tmp_path / "elsewhere")
+
+
+def test_other_code_makes_other_steps(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> set[str]:
+        prepared = prepare(settings(inputs), request(inputs, tmp_path))
+        return {step.key for step in prepared.steps("full", 0, "given")}
+
+    before = keys()
+    code = shutil.copytree(Path(training.__file__).parent, tmp_path / "code")
+    monkeypatch.setattr("perennial.flows.bench._CODE", code)
+    assert keys() == before
+    (code / "loss.py").write_text("# another loss\n")
+    assert not keys() & before
+
+
+def test_an_arm_without_general_rows_has_no_budget_of_drift(inputs: Path, tmp_path: Path) -> None:
+    given = settings(inputs)
+    given.training.overrides.update(kl_budget=0.5)
+
+    prepared = prepare(given, request(inputs, tmp_path, arms=("no-general",)))
+
+    budgets = {arm: {step.config.kl_budget for step in prepared.steps(arm, 0, "given")
+                     if step.config} for arm in ("full", "no-general")}  # fmt: skip
+    assert budgets == {"full": {0.5}, "no-general": {0.0}}
 
 
 def test_another_model_of_the_same_name_or_another_dtype_makes_other_steps(

@@ -190,6 +190,34 @@ def test_the_next_round_trains_on_nothing_that_is_judged_by(tmp_path: Path) -> N
     assert {row.round_id for row in kept.rows} == {"rnd_1", "rnd_2"}
 
 
+def test_a_click_against_what_an_earlier_round_was_taught_teaches_nothing(tmp_path: Path) -> None:
+    some = deps(tmp_path, first_round())
+    curate(some, a_round(1), None, tmp_path / "general.jsonl", data_folder(some, "rnd_1"))
+    known = next(
+        row
+        for row in load_replay(data_folder(some, "rnd_1") / "next_replay.jsonl").rows
+        if row.kind == "replay" and row.completion.startswith("In the")
+    )
+    clicks = [
+        judged(400, known.question, "In another town.", Implicit(action="copy")),
+        judged(401, known.question, known.completion, Binary(value=True)),
+    ]
+    many = [
+        judged(500 + n, f"Is there a {name} {n}?", f"Yes {n}.", Binary(value=n < 20))
+        for n, name in enumerate(NAMES * 4)
+    ]
+    later = deps(tmp_path, [*clicks, *many])
+    champion: Any = SimpleNamespace(round_id="rnd_1")
+
+    curate(later, a_round(2), champion, tmp_path / "general.jsonl", data_folder(later, "rnd_2"))
+
+    folder = data_folder(later, "rnd_2")
+    ids = {row.id for row in read_judgements(folder / "judgements.jsonl")}
+    assert "fb_401" in ids
+    assert "fb_400" not in ids
+    assert json.loads((folder / "counts.json").read_bytes())["dropped"] == {"overruled": 1}
+
+
 def test_a_blend_is_chosen_on_new_and_past_rows_that_are_not_trained_on(tmp_path: Path) -> None:
     some = deps(tmp_path, first_round())
     curate(some, a_round(1), None, tmp_path / "general.jsonl", data_folder(some, "rnd_1"))

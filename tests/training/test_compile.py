@@ -133,6 +133,25 @@ def test_a_written_answer_overrules_clicks_that_say_otherwise() -> None:
     assert result.drops == {"fb_002": Drop.OVERRULED, "fb_003": Drop.OVERRULED}
 
 
+def test_clicks_are_overruled_by_an_answer_that_was_merged_with_a_later_one() -> None:
+    ask = "who answers the telephone in the evening when the shop in the old town is closed"
+    asked: tuple[tuple[str, str], ...] = (("user", ask),)
+    result = compiled(
+        row(1, messages=asked, text="Marit does"),
+        row(2, messages=(("user", f"{ask} please"),), text="Marit does"),
+        thumb(3, "desirable", messages=asked, answer="Otto does"),
+    )
+    assert [found.id for found in result.examples] == ["fb_002"]
+    assert result.judgements == ()
+    assert result.drops == {"fb_001": Drop.NEAR_DUPLICATE, "fb_003": Drop.OVERRULED}
+
+
+def test_an_answer_in_signs_alone_is_one() -> None:
+    result = compiled(row(1, text="👍"), row(2, text="+"), row(3, text="..."))
+    assert [found.completion for found in result.examples] == ["👍", "+"]
+    assert result.drops == {"fb_003": Drop.EMPTY}
+
+
 @pytest.mark.parametrize(
     ("dropped", "reason"),
     [

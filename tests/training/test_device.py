@@ -267,7 +267,7 @@ def test_a_batch_is_copied_as_often_with_many_rows_as_with_few() -> None:
         prepared = prepare(model, sources, config, sources.picks)
         for num in (2, 9):
             batch = tuple(Pick(source=Source.NEW, index=index) for index in range(num))
-            over = objective.sums(prepared, batch, config)
+            over = objective.sums(prepared, batch)
             seen.num_copied.clear()
             objective.batch_loss(prepared, batch, over, config, 1).total.backward()
             copied.append(dict(seen.num_copied))

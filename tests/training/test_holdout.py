@@ -49,6 +49,15 @@ def test_parts_are_disjoint_complete_and_do_not_depend_on_order(
     assert {e.id for e in parts.judge} == {e.id for e in again.judge}
 
 
+def test_another_draw_keeps_other_rows_apart() -> None:
+    rows = _examples(40, 1)
+
+    drawn = [split_holdout(rows, 0.2, draw=f"rnd_{n}").judge for n in range(12)]
+
+    assert {len(judge) for judge in drawn} == {8}
+    assert len({row.id for judge in drawn for row in judge}) > 30
+
+
 @pytest.mark.parametrize("share", [0, 1, -0.5])
 def test_share_outside_its_range_is_refused(share: float) -> None:
     with pytest.raises(InputError, match="inside"):

@@ -188,7 +188,7 @@ def test_preferences_in_a_packed_batch_equal_plain_ones(reference: Any) -> None:
                 weight *= 1.5
     places = [(Source.PAIRS, 0), (Source.PAIRS, 1), (Source.JUDGEMENTS, 0)]
     batch = tuple(Pick(source=source, index=index) for source, index in places)
-    over = objective.sums(prepared, batch, config)
+    over = objective.sums(prepared, batch)
     found = objective.batch_loss(prepared, batch, over, config, step=1)
     plain = plain_preferences(model, sources, config, reference)
     assert found.total.item() == pytest.approx(plain.item(), rel=1e-4)
@@ -256,7 +256,7 @@ def losses_of(model: Any, config: TrainConfig) -> list[Any]:
     prepared = prepare(model, sources, config, sources.picks)
     found = []
     for step, batch in enumerate(first_batches(prepared.sources, config)[:4]):
-        over = objective.sums(prepared, batch, config)
+        over = objective.sums(prepared, batch)
         found.append(objective.batch_loss(prepared, batch, over, config, step))
     return found
 
@@ -314,7 +314,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(kernels: Kernels, scope: str) -> N
     sources = whole_round(config)
     prepared = prepare(model, sources, config, sources.picks)
     batch = first_batches(prepared.sources, config)[0]
-    over = objective.sums(prepared, batch, config)
+    over = objective.sums(prepared, batch)
     whole = objective.batch_loss(prepared, batch, over, config, 3)
     parts = [objective.batch_loss(prepared, part, over, config, 3) for part in halved(batch, 3)]
     together = torch.stack([part.total for part in parts]).sum()
@@ -373,7 +373,7 @@ def test_a_replayed_row_is_half_its_label_and_half_its_teacher() -> None:
     prepared = prepare(model, sources, config, sources.picks)
     for index, share in ((0, 0.5), (5, 0.0)):  # the first has a teacher, the last has none
         batch: Batch = (Pick(source=Source.REPLAY, index=index),)
-        over = objective.sums(prepared, batch, config)
+        over = objective.sums(prepared, batch)
         found = objective.batch_loss(prepared, batch, over, config, 1).total.item()
         row = sources.replay[index]
         packed = pack([row], labels=["completion"])
@@ -399,7 +399,7 @@ def test_a_teacher_in_a_file_is_read_where_it_lies_and_gives_the_same_loss(tmp_p
     found = []
     for teachers in (mapped, copied):
         prepared = prepare(model, replace(sources, teachers=teachers), config, sources.picks)
-        over = objective.sums(prepared, batch, config)
+        over = objective.sums(prepared, batch)
         found.append(objective.batch_loss(prepared, batch, over, config, 1).total.item())
     assert found[0] == found[1]
     write_teachers(tmp_path / "b", sources.replay[:4], list(mapped.values()))
@@ -412,9 +412,7 @@ def test_a_general_row_is_held_to_the_base_at_each_of_its_tokens() -> None:
     sources = whole_round(config)
     prepared = prepare(model, sources, config, sources.picks)
     batch = tuple(Pick(source=Source.GENERAL, index=index) for index in range(3))
-    found = objective.batch_loss(
-        prepared, batch, objective.sums(prepared, batch, config), config, 1
-    )
+    found = objective.batch_loss(prepared, batch, objective.sums(prepared, batch), config, 1)
     totals, num = 0.0, 0
     for row in prepared.sources.general[:3]:
         ids = torch.from_numpy(row.ids_T)[None]

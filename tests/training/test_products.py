@@ -15,7 +15,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Both, on any processor."""
     if request.param and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "_BY_ONEDNN", request.param)
+    monkeypatch.setattr(products, "is_by_onednn", lambda: request.param)
 
 
 @pytest.mark.usefixtures("library")

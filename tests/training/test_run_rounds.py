@@ -291,11 +291,13 @@ def test_judgements_of_one_label_are_left_out(tmp_path: Path) -> None:
     assert [row["id"] for row in found["left_out"]] == [long.id]
 
 
+@pytest.mark.parametrize("max_len", [512, 100_000])
 def test_a_row_longer_than_the_context_is_reported_and_the_others_are_learned(
-    tmp_path: Path,
+    tmp_path: Path, max_len: int
 ) -> None:
     long = example(99, completion="far " * 200)
-    path = write_job_with_rows(tmp_path, "new2.jsonl", [example(0), long, example(1)])
+    rows = [example(0), long, example(1)]
+    path = write_job_with_rows(tmp_path, "new2.jsonl", rows, max_len=max_len)
     run_training(read_train_job(path), made(tmp_path / "out"), Console(quiet=True))
     summary = json.loads((tmp_path / "out" / "summary.json").read_bytes())
     (left_out,) = summary["left_out"]
@@ -306,7 +308,7 @@ def test_a_row_longer_than_the_context_is_reported_and_the_others_are_learned(
 
 def test_a_round_whose_rows_are_all_too_long_is_refused(tmp_path: Path) -> None:
     path = write_job_with_rows(tmp_path, "new2.jsonl", [example(9, completion="far " * 200)])
-    with pytest.raises(InputError, match="fits in max_len 512 tokens"):
+    with pytest.raises(InputError, match="fits in 512 tokens"):
         run_training(read_train_job(path), made(tmp_path / "out"), Console(quiet=True))
 
 
@@ -318,10 +320,10 @@ def test_a_round_without_a_new_row_is_refused_for_that(tmp_path: Path) -> None:
         run_training(read_train_job(path), made(tmp_path / "out"), Console(quiet=True))
 
 
-def write_job_with_rows(folder: Path, name: str, rows: Any) -> Path:
+def write_job_with_rows(folder: Path, name: str, rows: Any, **config: Any) -> Path:
     folder.mkdir(exist_ok=True)
     write_examples(folder / name, rows)
-    return write_job(folder, train_rows=name, config=RECIPE)
+    return write_job(folder, train_rows=name, config={**RECIPE, **config})
 
 
 def made(folder: Path) -> Path:

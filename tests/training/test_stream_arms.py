@@ -233,17 +233,26 @@ def test_every_arm_has_a_plan_for_every_task(name: str, rounds: Course) -> None:
     assert not any(GENERAL in step.examined for step in steps[:-1])
     assert (GENERAL in steps[-1].examined) == (name != "single")
     assert all((step.config is None) == (name == "base") for step in steps)
-    assert all(step.parent is None for step in steps if step.config and step.config.start == "base")
 
 
-@pytest.mark.parametrize("start", ["parent", "slow-fast", "blend"])
+@pytest.mark.parametrize("name", ["naive", "replay-same-tokens", "joint", "single"])
+@pytest.mark.parametrize("override", [{"start": "base"}, {"start": "blend"}, {"rebuild_every": 2}])
+def test_what_the_recipe_is_held_against_does_not_change_with_its_starts(
+    name: str, override: dict[str, object], rounds: Course
+) -> None:
+    changed = plan(name, rounds, 0, shared(**override))
+
+    assert keys(changed) == keys(plan(name, rounds, 0, shared()))
+
+
+@pytest.mark.parametrize("start", ["parent", "base", "slow-fast", "blend"])
 def test_each_round_goes_on_from_the_one_before(start: str, rounds: Course) -> None:
     """Whether an arm or the settings ask for the start."""
     steps = plan("full", rounds, 0, shared(start=start))
 
     assert [step.parent and step.parent.key for step in steps] == [None, *keys(steps)[:-1]]
-    if start != "parent":
-        assert keys(steps) == keys(plan(start, rounds, 0, shared()))
+    arm = {"parent": "full", "base": "from-base"}.get(start, start)
+    assert keys(steps) == keys(plan(arm, rounds, 0, shared()))
 
 
 def test_a_blend_has_rows_to_choose_by_that_nothing_is_trained_on(rounds: Course) -> None:

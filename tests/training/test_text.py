@@ -2,12 +2,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perennial.training.text import clean, cosine, fit_tfidf, normalise
+from perennial.training.text import clean, cosine, fit_tfidf, normalise, particulars, words
 
 
 def test_clean_removes_hidden_characters_and_composes() -> None:
     assert clean("a\u202eb\u200bc\x00d\ue000e\U000e0041f") == "abcdef"
-    assert clean("e\u0301") == "é"
+    assert clean("e\u0301") == clean("e\u200b\u0301") == "é"
+    assert clean("a\ufe0f\ufe0e\ufe01\U000e0141") == "a\ufe0f"
     assert clean(" one\r\ntwo\t ") == "one\ntwo"
 
 
@@ -26,6 +27,44 @@ def test_clean_is_idempotent_and_encodable(text: str) -> None:
 def test_normalise_keeps_the_decimals_that_make_two_prices_differ() -> None:
     assert normalise("It COSTS  9.99!") == "it costs 9.99"
     assert normalise("9.99") != normalise("9.95")
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("दिन", "दान"),
+        ("வடை", "வடி"),
+        ("a list in C++?", "a list in C#?"),
+        ("3 - 4", "3 + 4"),
+        ("8 / 4", "8 * 4"),
+        ("x >= 3", "x < 3"),
+        ("-5 €", "5 €"),
+        ("5 $", "5 €"),
+        ("👍", "👎"),
+    ],
+)
+def test_what_differs_in_a_mark_or_a_sign_is_not_the_same(left: str, right: str) -> None:
+    assert normalise(left) != normalise(right)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("**Open** 9 – 17 (daily).", "open 9-17, daily"),
+        ("− 5", "- 5"),
+        ("می‌خواهم", "میخواهم"),
+        ("❤️", "❤"),
+        ("`pip`", "pip"),
+    ],
+)
+def test_how_a_text_is_set_makes_no_difference(left: str, right: str) -> None:
+    assert normalise(left) == normalise(right)
+
+
+def test_words_are_whole_in_every_script() -> None:
+    assert words("हिन्दी में, -5 °C") == ["हिन्दी", "में", "-5", "c"]
+    assert words("共5天") == ["共", "5", "天"]
+    assert particulars("C++ in box 14") == {"+", "14"}
 
 
 def test_cosine_of_tfidf_by_hand() -> None:

@@ -213,6 +213,15 @@ def test_grading_rules() -> None:
     assert not is_right(exact, "yes, 9.5 indeed")
     contains = EvalRow(id="c", messages=asked, reference="Quell-6", rule="contains")
     assert is_right(contains, "It is the Quell-6.")
+    for reference, right, wrong in (
+        ("-5", "It is (-5).", "It is 5."),
+        ("C++", "Write it in C++!", "Write it in C#!"),
+        ("दिन", "एक दिन में", "एक दान में"),
+        ("5天", "共5天有效。", "共15天有效。"),
+    ):
+        row = EvalRow(id="e", messages=asked, reference=reference, rule="contains")
+        assert is_right(row, right)
+        assert not is_right(row, wrong)
     with pytest.raises(InputError, match="without a group"):
         EvalRow(id="d", messages=asked, reference="", rule="must")
 
