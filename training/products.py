@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from perennial.infra.settings import bound_onednn_cache
 
+
 def times(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b, (..., O), computed in the dtype of W and given in that of x; without gradient.
 
