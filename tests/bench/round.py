@@ -3,15 +3,17 @@
     python tests/bench/round.py [--rows 64] [--epochs 3] [--threads 2] [--seeds 0,1,2] [--out DIR]
 
 Arms, each in a process of its own: our round (recipe `sft` on whole questions, `shrink` 1, other
-settings as shipped), the same with an adapter on every layer as TRL has it, TRL's SFTTrainer as it
-comes, and SFTTrainer at its best here (packing "bfd", as many tokens a step as we take, no
+settings as shipped), the same with an adapter on every layer as TRL has it, the first round of the
+default recipe with the packaged general rows (all as shipped but the epochs), TRL's SFTTrainer as
+it comes, and SFTTrainer at its best here (packing "bfd", as many tokens a step as we take, no
 activation checkpointing). TRL gets our learning rate, since its own default learns nothing in three
 epochs.
 Wall time is from loading the model to the saved adapter; caches are cold. All adapters are then
 scored in one process on questions that none has seen, and on general answers. All arms run once for
 a seed, so that a slow minute of the machine does not fall on one of them. Prints a table of medians
 and, as the last line, `RESULT {json}`: `wall_vs_trl_…` is the median, over the seeds, of the ratio
-of our fastest arm that learned as much as that peer, null if none did.
+of our fastest arm that learned as much as that peer, null if none did; `recipe_wall_over` is that
+of the default recipe, whatever it learned.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +45,18 @@ from rig.rounds import (
 from perennial.training import modelfiles
 from perennial.training.config import TrainConfig
 from perennial.training.examples import Example, read_examples, write_examples
-from perennial.training.general import PACKAGED_PROBE, load_general
+from perennial.training.general import PACKAGED_PROBE, PACKAGED_REPLAY, load_general
 from perennial.training.machine import peak_rss_mb
 from perennial.training.tokens import encode_example
 
-OURS: Mapping[str, dict[str, int]] = {"perennial": {}, "perennial-all-layers": {"top_layers": 99}}
 # The same loss of the same tokens, and the whole of what was learned.
 LIKE_PEERS = {"recipe": "sft", "question_dropout": 0.0, "shrink": 1.0}
+RECIPE = "perennial-recipe"
+OURS: Mapping[str, Mapping[str, Any]] = {
+    "perennial": LIKE_PEERS,
+    "perennial-all-layers": {**LIKE_PEERS, "top_layers": 99},
+    RECIPE: {},
+}
 PEERS = ("trl-default", "trl-bfd")
 SUITES = ("held_out", "general")
 
@@ -69,6 +77,8 @@ def main() -> int:
         for question in fact["questions"][i : i + 1]
     ][: args.rows]
     write_examples(args.out / "rows.jsonl", rows)
+    general = (example(f"g{i}", *pair) for i, pair in enumerate(load_general(PACKAGED_REPLAY)))
+    write_examples(args.out / "replay.jsonl", [replace(row, kind="general") for row in general])
     write_suites(args.out, rows, facts)
     report(args, len(rows), [measure(args, seed) for seed in args.seeds])
     return 0
@@ -85,8 +95,10 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
 
 def train_ours(args: argparse.Namespace, arm: str, seed: int) -> Figures:
     """Wall seconds and peak memory of our round, from its own summary."""
-    config = {**LIKE_PEERS, "epochs": args.epochs, "seed": seed, **OURS[arm]}
+    config = {**OURS[arm], "epochs": args.epochs, "seed": seed}
     job = {**model(args), "train_rows": "../rows.jsonl", "config": config}
+    if arm == RECIPE:
+        job["general_rows"] = "../replay.jsonl"
     out = args.out / f"seed-{seed}"
     summary = process(out, "train", job, arm)
     return {name: summary[name] for name in ("wall_s", "peak_rss_mb")}
@@ -184,6 +196,7 @@ def report(args: argparse.Namespace, num_rows: int, runs: list[dict[str, Figures
     result = {
         "wall_vs_trl_default": wall_against("trl-default", runs, middle),
         "wall_vs_trl_bfd": wall_against("trl-bfd", runs, middle),
+        "recipe_wall_over": {peer: ratio(runs, RECIPE, peer) for peer in PEERS},
         "held_out_loss": column(middle, "held_out"),
         "general_loss": column(middle, "general"),
         "wall_s": column(middle, "wall_s"),
@@ -209,8 +222,12 @@ def wall_against(
     if not as_good:
         return None
     fastest = min(as_good, key=lambda arm: middle[arm]["wall_s"])
-    ratios = [run[fastest]["wall_s"] / run[peer]["wall_s"] for run in runs]
-    return round(statistics.median(ratios), 3)
+    return ratio(runs, fastest, peer)
+
+
+def ratio(runs: list[dict[str, Figures]], ours: str, peer: str) -> float:
+    """Our wall time over the peer's, the median of the seeds."""
+    return round(statistics.median(run[ours]["wall_s"] / run[peer]["wall_s"] for run in runs), 3)
 
 
 def prepared(tokenizer: Any, row: Example) -> dict[str, Any]:
