@@ -25,6 +25,7 @@ from perennial.registry.gate import GateRules
 from perennial.serving.recorder import RecordedAnswer
 from perennial.training.compile import CompileLimits, FeedbackRow
 from perennial.training.examples import Label
+from perennial.training.text import words
 
 PROBE_TAG = "probe"
 # An edit whose text nobody sent says that something was wrong, and not what.
@@ -150,7 +151,7 @@ def token_f1(answer: str, reference: str) -> float:
 
     Rajpurkar et al., 2016, arXiv:1606.05250, section 6.1; articles are kept.
     """
-    found, wanted = _words(answer), _words(reference)
+    found, wanted = words(answer), words(reference)
     common = sum(min(found.count(word), wanted.count(word)) for word in set(found))
     if not common:
         return 0.0
@@ -203,7 +204,3 @@ def _label_of_score(score: Score) -> Label | None:
 
 def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     return tuple((message.role, message.content) for message in messages)
-
-
-def _words(text: str) -> list[str]:
-    return "".join(c if c.isalnum() else " " for c in text.lower()).split()

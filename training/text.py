@@ -89,12 +89,6 @@ class TfIdf:
         return {term: weight / norm for term, weight in weights.items()}
 
 
-def _folded(text: str) -> str:
-    """One case, one minus, nothing invisible."""
-    seen = _INVISIBLE.sub("", text)
-    return unicodedata.normalize("NFKC", seen).casefold().translate(_DASHES)
-
-
 def cosine(left: Mapping[str, float], right: Mapping[str, float]) -> float:
     """The cosine of two vectors of length 1."""
     if len(left) > len(right):
@@ -108,3 +102,9 @@ def fit_tfidf(texts: Sequence[str]) -> TfIdf:
     num = len(texts)
     idf = {term: math.log((1 + num) / (1 + df)) + 1 for term, df in frequency.items()}
     return TfIdf(idf=idf, unseen=math.log(1 + num) + 1)
+
+
+def _folded(text: str) -> str:
+    """One case, one minus, nothing invisible."""
+    seen = _INVISIBLE.sub("", text)
+    return unicodedata.normalize("NFKC", seen).casefold().translate(_DASHES)
