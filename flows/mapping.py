@@ -1,5 +1,6 @@
 """One component's values become another's here, and nowhere else. Pure."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -25,7 +26,7 @@ from perennial.registry.gate import GateRules
 from perennial.serving.recorder import RecordedAnswer
 from perennial.training.compile import CompileLimits, FeedbackRow
 from perennial.training.examples import Label
-from perennial.training.text import words
+from perennial.training.text import tokens
 
 PROBE_TAG = "probe"
 # An edit whose text nobody sent says that something was wrong, and not what.
@@ -151,11 +152,11 @@ def token_f1(answer: str, reference: str) -> float:
 
     Rajpurkar et al., 2016, arXiv:1606.05250, section 6.1; articles are kept.
     """
-    found, wanted = words(answer), words(reference)
-    common = sum(min(found.count(word), wanted.count(word)) for word in set(found))
+    found, wanted = Counter(tokens(answer)), Counter(tokens(reference))
+    common = (found & wanted).total()
     if not common:
         return 0.0
-    return 2 * common / (len(found) + len(wanted))
+    return 2 * common / (found.total() + wanted.total())
 
 
 def _to_feedback_row(item: Judged) -> FeedbackRow | None:

@@ -90,7 +90,7 @@ def test_every_option_and_arm_of_the_continual_benchmark_is_documented() -> None
     options = [option.opts[0] for option in continual.params]
 
     assert len(options) > 8
-    assert [name for name in (*options, *ARMS) if f"`{name}" not in text] == []
+    assert [name for name in (*options, *ARMS) if f"`{name}`" not in text] == []
 
 
 def test_links_between_pages_resolve() -> None:

@@ -233,6 +233,12 @@ def _config(shared: Shared, arm: Arm, seed: int, *, has_past: bool) -> TrainConf
     if arm.tokens == "own":
         return own
     full = configs.from_json({**shared.overrides, "seed": seed})
+    if full.start == "base" or full.rebuild_every:
+        raise ConfigError(
+            "an arm with the tokens of `full` needs rounds that go on from each other; leave out "
+            "the arm, or start 'base' and rebuild_every of the recipe",
+            name="start",
+        )
     has_general = bool(shared.general)
     theirs = _new_share(full, has_replay=has_past, has_general=has_general)
     ours = _new_share(

@@ -129,7 +129,8 @@ def _statement(key: str, rows: tuple[Example, ...], measure: _Measure) -> _State
         answer=measure.answers.vector(key),
         asked=tuple(
             _Asked(
-                vector=measure.questions.vector(row.question), particulars=particulars(row.question)
+                vector=measure.questions.vector(row.question),
+                particulars=frozenset(particulars(row.question)),
             )
             for row in rows
         ),

@@ -27,8 +27,8 @@ class Holdout:
 def split_holdout(examples: Sequence[Example], share: float, draw: str = "") -> Holdout:
     """About `share` of the rows to judge by, at most one for each wanted answer.
 
-    Rows are ranked by the digest of their id, so that nobody can choose. Answers with three or more
-    wordings come first: a row whose answer nothing else teaches measures guessing, not learning.
+    Rows are ranked by the digest of draw and id, so that nobody can choose. Answers with three or
+    more wordings come first: a row whose answer nothing else teaches measures guessing.
 
     Args:
         examples: any number of rows.

@@ -86,8 +86,8 @@ def rows_of_job(
         if not given and not pairs and not judged:
             raise InputError(f"{job.train_rows} is empty, and no pair or judgement is given")
         raise InputError(
-            f"no row of {job.train_rows} fits in {max_len} tokens; raise max_len, which is "
-            f"{job.config.max_len}, or shorten them: the model's context is {context}"
+            f"no row of {job.train_rows} fits in {max_len} tokens; "
+            + ("raise max_len" if max_len < context else "that is all of the model's context")
         )
     return Rows(sources=sources, dev=dev, left_out=tuple(left_out))
 

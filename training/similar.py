@@ -30,9 +30,9 @@ def near_duplicates(rows: Sequence[Said], threshold: float) -> list[bool]:
     """True for each row that says almost what an earlier one that is no duplicate says.
 
     Question and answer must each have a weighted Jaccard similarity of `threshold` or more, and the
-    same particulars: "within 30 days" is never "within 14 days". Shingles are words and
-    pairs of neighbours, so that order counts, and weigh by how rare they are, so that instructions
-    that all questions share do not make them alike.
+    same particulars in their order: "within 30 days" is never "within 14 days". Shingles are words
+    and pairs of neighbours, so that order counts, and weigh by how rare they are, so that
+    instructions that all questions share do not make them alike.
     """
     asked = [shingles(row.asked) for row in rows]
     told = [shingles(row.told) for row in rows]

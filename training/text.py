@@ -17,18 +17,25 @@ import regex  # Unicode's classes, which `re` lacks
 _KEPT_CONTROLS = frozenset("\n\t")
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
 _LINE_ENDS = re.compile("\r\n|[\r\x85\u2028\u2029]")
-# Script and glyph variants can carry hidden bytes; those that make a sign an emoji stay, once.
-_VARIANTS = re.compile("[\ufe00-\ufe0d\U000e0100-\U000e01ef]|(?<=[\ufe0e\ufe0f])[\ufe0e\ufe0f]")
-_INVISIBLE = regex.compile(r"\p{Cf}|[\ufe00-\ufe0f]")
-_DASHES = str.maketrans("–−", "--")
-# Scripts without spaces between words: each letter is one.
-_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-_PART = r"(?:[.,:]\d+)*"
-_WORD = rf"[\w--{_UNSPACED}]+{_PART}|{_UNSPACED}\p{{M}}*|(?<!\w)-\d\w*{_PART}"
-_SIGN = r"[\p{Sm}\p{Sc}\p{So}%\&@\^]|(?<=\w)\#|(?<=\d\s?)[*/](?=\s?\d)"
-_WORDS, _SIGNS, _TOKENS = (
-    regex.compile(pattern, regex.VERSION1) for pattern in (_WORD, _SIGN, f"{_WORD}|{_SIGN}")
+# Variants of a letter can carry hidden bytes; what makes a sign an emoji, or not, may stay once.
+_VARIANTS = regex.compile(
+    r"(?<!\p{Emoji})[\ufe0e\ufe0f]|[\p{Variation_Selector}\u034f--\ufe0e\ufe0f]", regex.V1
 )
+_INVISIBLE = regex.compile(r"\p{Cf}|\p{Variation_Selector}|\u034f")
+# Scripts without spaces between words; the prolonged sound mark is of two of them.
+_UNSPACED = regex.compile(
+    r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー]--\p{Nd}]\p{M}*",
+    regex.V1,
+)
+_WORD = r"\w+(?:[.,:]\d+)*|(?<!\w)-\.?\d\w*(?:[.,:]\d+)*"
+_NAME = r"\w+(?:\+{1,2}|\#)(?!\w)"
+_SIGN = (
+    r"[\p{Sm}\p{Sc}\p{So}%\&@\^--|>]|(?<!^[ \t]*)>|!(?==)|(?<!\w)-(?=\p{Sc}\d)"
+    r"|(?<=\d\s?)[*/](?=\s?\d)|(?<=\w )[*/](?= \w)"
+)
+_WORDS = regex.compile(_WORD)
+_TOKENS = regex.compile(f"{_NAME}|{_WORD}|{_SIGN}", regex.V1 | regex.MULTILINE)
+_PARTICULAR = regex.compile(r".*\d.*|\w*\W+")
 
 
 def clean(text: str) -> str:
@@ -51,27 +58,27 @@ def normalise(text: str) -> str:
     """What two spellings of one text share: case-folded words and signs with single spaces.
 
     Signs are what mathematics, money, emoji and names like C# are told apart by; a bracket, a quote
-    or a full stop is none.
+    or a full stop is none. In scripts without spaces between words each letter is one.
 
     >>> normalise("How long  is the Warranty in C++?!")
-    'how long is the warranty in c + +'
+    'how long is the warranty in c++'
     """
-    return " ".join(_TOKENS.findall(_folded(text)))
+    return " ".join(tokens(text))
+
+
+def tokens(text: str) -> list[str]:
+    """The words and signs of `normalise`, in their order."""
+    return list(_TOKENS.findall(_UNSPACED.sub(r" \g<0> ", _folded(text))))
 
 
 def words(text: str) -> list[str]:
-    """Case-folded words; a number keeps its sign and separators ("-5", "9.99", "18:30").
-
-    In scripts without spaces between words each letter is one.
-    """
+    """Case-folded words; a number keeps its sign and separators ("-5", "9.99", "18:30")."""
     return list(_WORDS.findall(_folded(text)))
 
 
-def particulars(text: str) -> frozenset[str]:
-    """Signs, and words with a digit: what tells "box 3" from "box 14" and "C++" from "C#"."""
-    folded = _folded(text)
-    numbers = (word for word in _WORDS.findall(folded) if any(char.isdigit() for char in word))
-    return frozenset((*numbers, *_SIGNS.findall(folded)))
+def particulars(text: str) -> tuple[str, ...]:
+    """Signs and words with a digit: what tells "box 3" from "box 14" and "C++" from "C#"."""
+    return tuple(token for token in tokens(text) if _PARTICULAR.fullmatch(token))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,4 +114,4 @@ def fit_tfidf(texts: Sequence[str]) -> TfIdf:
 def _folded(text: str) -> str:
     """One case, one minus, nothing invisible."""
     seen = _INVISIBLE.sub("", text)
-    return unicodedata.normalize("NFKC", seen).casefold().translate(_DASHES)
+    return unicodedata.normalize("NFKC", seen).casefold().replace("\u2212", "-")

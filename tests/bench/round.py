@@ -78,7 +78,9 @@ def main() -> int:
     ][: args.rows]
     write_examples(args.out / "rows.jsonl", rows)
     general = (example(f"g{i}", *pair) for i, pair in enumerate(load_general(PACKAGED_REPLAY)))
-    write_examples(args.out / "replay.jsonl", [replace(row, kind="general") for row in general])
+    write_examples(
+        args.out / "general_rows.jsonl", [replace(row, kind="general") for row in general]
+    )
     write_suites(args.out, rows, facts)
     report(args, len(rows), [measure(args, seed) for seed in args.seeds])
     return 0
@@ -98,7 +100,7 @@ def train_ours(args: argparse.Namespace, arm: str, seed: int) -> Figures:
     config = {**OURS[arm], "epochs": args.epochs, "seed": seed}
     job = {**model(args), "train_rows": "../rows.jsonl", "config": config}
     if arm == RECIPE:
-        job["general_rows"] = "../replay.jsonl"
+        job["general_rows"] = "../general_rows.jsonl"
     out = args.out / f"seed-{seed}"
     summary = process(out, "train", job, arm)
     return {name: summary[name] for name in ("wall_s", "peak_rss_mb")}

@@ -151,6 +151,7 @@ def test_an_edit_of_an_answer_given_inline_makes_a_pair() -> None:
         ("38 days", "it is 38 days", 2 / 3),  # precision 1, recall 1/2
         ("days days days days", "it is 38 days", 0.25),
         ("दिन", "दान", 0.0),
+        ("👍", "👍", 1.0),
     ],
 )
 def test_token_f1_by_hand(answer: str, reference: str, f1: float) -> None:

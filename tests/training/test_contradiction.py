@@ -132,3 +132,18 @@ def test_a_changed_policy_is_forgotten_for_the_one_that_its_author_replaced_it_b
     for item in contradicted(desk("act1"), desk("act2")):
         old, by = (row.id.partition("/")[0] for row in (item.old, item.by))
         assert author[old] == by
+
+
+def test_other_things_told_in_one_form_stay_in_scripts_without_spaces() -> None:
+    told = {
+        "销售部的传真号码是多少？": "销售部的传真号码是12。",
+        "市场部的电话号码是多少？": "市场部的电话号码是34。",
+        "図書館は何時に閉まりますか？": "図書館は5時に閉まります。",
+        "食堂は何時に閉まりますか？": "食堂は8時に閉まります。",
+    }
+    rows = [
+        Example(id=asked, messages=(("user", asked),), completion=answer, kind="correction")
+        for asked, answer in told.items()
+    ]
+
+    assert gone_from(rows[::2], rows[1::2]) == ()

@@ -39,6 +39,16 @@ def test_another_number_context_or_answer_is_no_duplicate() -> None:
     assert near_duplicates(rows, 0.85) == [False, False, False, False, True]
 
 
+def test_other_signs_or_another_order_of_them_is_no_duplicate() -> None:
+    rows = [
+        said("reply with 👍 or 👎 to this", "👍"),
+        said("reply with 👍 or 👎 to this", "👎"),
+        said("Is 5 - 3 + 2 above zero?"),
+        said("Is 5 + 3 * 2 above zero?"),
+    ]
+    assert near_duplicates(rows, 0.85) == [False] * 4
+
+
 def test_instructions_that_all_questions_share_do_not_make_them_alike() -> None:
     task = " ".join(f"instruction{chr(97 + n)}" for n in range(20))
     names = ("maple", "tulip", "basil", "clover", "thyme", "fern", "moss", "reed")

@@ -235,7 +235,7 @@ def test_every_arm_has_a_plan_for_every_task(name: str, rounds: Course) -> None:
     assert all((step.config is None) == (name == "base") for step in steps)
 
 
-@pytest.mark.parametrize("name", ["naive", "replay-same-tokens", "joint", "single"])
+@pytest.mark.parametrize("name", ["naive", "replay", "joint", "single"])
 @pytest.mark.parametrize("override", [{"start": "base"}, {"start": "blend"}, {"rebuild_every": 2}])
 def test_what_the_recipe_is_held_against_does_not_change_with_its_starts(
     name: str, override: dict[str, object], rounds: Course
@@ -253,6 +253,14 @@ def test_each_round_goes_on_from_the_one_before(start: str, rounds: Course) -> N
     assert [step.parent and step.parent.key for step in steps] == [None, *keys(steps)[:-1]]
     arm = {"parent": "full", "base": "from-base"}.get(start, start)
     assert keys(steps) == keys(plan(arm, rounds, 0, shared()))
+
+
+@pytest.mark.parametrize("override", [{"start": "base"}, {"rebuild_every": 2}])
+def test_the_tokens_of_rounds_that_are_rebuilt_cannot_be_bought(
+    override: dict[str, object], rounds: Course
+) -> None:
+    with pytest.raises(ConfigError, match="leave out the arm"):
+        plan("replay-same-tokens", rounds, 0, shared(**override))
 
 
 def test_a_blend_has_rows_to_choose_by_that_nothing_is_trained_on(rounds: Course) -> None:

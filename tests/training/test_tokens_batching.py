@@ -217,7 +217,10 @@ def test_grading_rules() -> None:
         ("-5", "It is (-5).", "It is 5."),
         ("C++", "Write it in C++!", "Write it in C#!"),
         ("दिन", "एक दिन में", "एक दान में"),
+        ("C", "Write it in C.", "Write it in C++."),
         ("5天", "共5天有效。", "共15天有效。"),
+        ("-5度", "温度是：-5度左右", "温度是5度左右"),
+        ("サーバー", "サーバーA", "サービスA"),
     ):
         row = EvalRow(id="e", messages=asked, reference=reference, rule="contains")
         assert is_right(row, right)
