@@ -29,6 +29,7 @@ _UNSPACED = regex.compile(
 )
 _WORD = r"\w+(?:[.,:]\d+)*|(?<!\w)-\.?\d\w*(?:[.,:]\d+)*"
 _NAME = r"\w+(?:\+{1,2}|\#)(?!\w)"
+# A | and a > that begins a line only set text; * and / are signs between words or digits.
 _SIGN = (
     r"[\p{Sm}\p{Sc}\p{So}%\&@\^--|>]|(?<!^[ \t]*)>|!(?==)|(?<!\w)-(?=\p{Sc}\d)"
     r"|(?<=\d\s?)[*/](?=\s?\d)|(?<=\w )[*/](?= \w)"
